@@ -1,0 +1,1 @@
+"""PEFT folder → validated → one packed image."""

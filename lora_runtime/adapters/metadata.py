@@ -1,0 +1,95 @@
+"""`multilora.json`: what serving needs and `adapter_config.json` does not say.
+
+`multilora train` writes it beside the adapter; the server reads it. A folder without it is served with labels
+from a `config.json` beside the adapter, else `LABEL_i`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lora_runtime.errors import AdapterRejected
+from lora_runtime.types import ProblemType, Task
+
+METADATA_FILE = "multilora.json"
+MAX_JSON_BYTES = 4 << 20
+
+
+class BaseFingerprint(BaseModel):
+    """Which base an adapter was trained on, by content; names are hints only.
+
+    `weights_sha256` hashes fp32 samples of every parameter of the backbone (see `adapters/fingerprint.py`).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model_type: str
+    hidden_size: int
+    num_layers: int
+    vocab_size: int
+    modules_sha256: str
+    weights_sha256: str
+
+
+class AdapterMetadata(BaseModel):
+    """The content of `multilora.json`. Unknown fields are refused: a promise we do not know is one we would break."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[1] = 1
+    task: Task
+    problem_type: ProblemType = ProblemType.SINGLE_LABEL
+    labels: tuple[str, ...] = Field(min_length=1)  # in the order of the head's rows
+    max_length: int | None = Field(default=None, ge=1)  # tokens, special ones included
+    pad_token_id: int | None = Field(default=None, ge=0)
+    base_model_name: str | None = None
+    base: BaseFingerprint | None = None
+    digests: dict[str, str] = Field(default_factory=dict[str, str])  # file name → SHA-256, this file excluded
+    metrics: dict[str, float] = Field(default_factory=dict[str, float])  # of the best checkpoint, on validation data
+
+    @model_validator(mode="after")
+    def _labels_are_distinct(self) -> AdapterMetadata:
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError("labels repeat; each row of the head needs its own")
+        return self
+
+    def write(self, folder: Path) -> None:
+        """Write `folder/multilora.json`, indented, keys in declaration order."""
+        text = self.model_dump_json(indent=2, exclude_none=True)
+        (folder / METADATA_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_metadata(folder: Path) -> AdapterMetadata | None:
+    """The folder's metadata, None without the file; raises AdapterRejected when it is not valid."""
+    path = folder / METADATA_FILE
+    if not path.exists():
+        return None
+    try:
+        return AdapterMetadata.model_validate(read_json_object(path))
+    except ValidationError as error:
+        raise AdapterRejected("METADATA_INVALID", METADATA_FILE, describe_validation(error)) from error
+
+
+def read_json_object(path: Path) -> dict[str, object]:
+    """One JSON object from `path`; raises AdapterRejected for anything else, or more than 4 MiB of it."""
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise AdapterRejected("JSON_TOO_LARGE", path.name, f"is larger than {MAX_JSON_BYTES >> 20} MiB")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise AdapterRejected("JSON_INVALID", path.name, f"is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise AdapterRejected("JSON_INVALID", path.name, f"holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def describe_validation(error: ValidationError) -> str:
+    """The first problem of a pydantic error as `field: what is wrong`."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    place = ".".join(str(part) for part in first["loc"]) or "content"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"field {place}: {first['msg']}{more}"

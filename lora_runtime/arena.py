@@ -1,0 +1,207 @@
+"""Device memory for adapter images, and the table that says where each adapter's matrices lie in it.
+
+`RankArena` is one buffer with a byte budget: an image takes one contiguous run of its true size, so there is no
+maximum rank, no slot of a fixed size and no padding. `SlotTable` maps (slot, site) to offsets in that buffer.
+Both belong to the engine thread; a loader writes only into a run that no slot points to yet.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lora_runtime.errors import CapacityExceeded
+from lora_runtime.types import SiteGroup
+
+ALIGNMENT = 16  # elements: 64 bytes in fp32, a cache line
+BASE_SLOT = -1  # rows that no adapter touches
+
+
+def align(num_elements: int) -> int:
+    """`num_elements` rounded up to the arena's alignment."""
+    return -(-num_elements // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Run:
+    """A contiguous run of the arena, in elements."""
+
+    offset: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.length
+
+
+class RankArena:
+    """One buffer of `dtype` on `device`; runs are allocated best fit and coalesced when freed."""
+
+    def __init__(self, num_bytes: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+        num_elements = num_bytes // dtype.itemsize // ALIGNMENT * ALIGNMENT
+        if num_elements <= 0:
+            raise CapacityExceeded(f"an arena of {num_bytes} bytes holds nothing; give it more", arena_bytes=num_bytes)
+        self.buffer = torch.empty(num_elements, dtype=dtype, device=device)  # [num_elements]; pages come when written
+        self._free: list[Run] = [Run(0, num_elements)]  # by offset
+        self._used: dict[int, Run] = {}  # by offset
+
+    @property
+    def num_bytes(self) -> int:
+        return self.buffer.numel() * self.buffer.itemsize
+
+    @property
+    def used_bytes(self) -> int:
+        return sum(run.length for run in self._used.values()) * self.buffer.itemsize
+
+    def can_allocate(self, num_elements: int) -> bool:
+        """Whether one free run is long enough."""
+        return any(run.length >= align(num_elements) for run in self._free)
+
+    def allocate(self, num_elements: int) -> Run:
+        """The shortest free run that fits; raises CapacityExceeded when none does."""
+        length = align(max(num_elements, 1))
+        fits = [run for run in self._free if run.length >= length]
+        if not fits:
+            raise CapacityExceeded(
+                f"the arena has no free run of {length * self.buffer.itemsize} bytes "
+                f"({self.used_bytes} of {self.num_bytes} are in use); unload adapters or give it more bytes",
+                needed_bytes=length * self.buffer.itemsize,
+                arena_bytes=self.num_bytes,
+            )
+        best = min(fits, key=lambda run: (run.length, run.offset))
+        self._free.remove(best)
+        if best.length > length:
+            insort(self._free, Run(best.offset + length, best.length - length))
+        run = Run(best.offset, length)
+        self._used[run.offset] = run
+        return run
+
+    def free(self, run: Run) -> None:
+        """Give a run back; it must be one that `allocate` returned and that is not free already."""
+        assert self._used.get(run.offset) == run, f"{run} is not in use"
+        del self._used[run.offset]
+        insort(self._free, run)
+        at = self._free.index(run)
+        for left in (at, at - 1):
+            if 0 <= left < len(self._free) - 1 and self._free[left].end == self._free[left + 1].offset:
+                right = self._free.pop(left + 1)
+                self._free[left] = Run(self._free[left].offset, self._free[left].length + right.length)
+
+    def view(self, run: Run) -> torch.Tensor:
+        """The run's elements, [length]."""
+        return self.buffer[run.offset : run.end]
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless free and used runs tile the buffer exactly and no two free ones touch."""
+        cursor, last_free_end = 0, -1
+        for run in sorted([*self._free, *self._used.values()]):
+            assert run.length > 0, f"{run} is empty"
+            assert run.offset == cursor, f"{run} leaves a hole or overlaps at {cursor}"
+            cursor = run.end
+            if run.offset not in self._used:
+                assert run.offset != last_free_end, f"{run} was not coalesced with the free run before it"
+                last_free_end = run.end
+        assert cursor == self.buffer.numel(), f"runs end at {cursor}, the buffer at {self.buffer.numel()}"
+
+
+@dataclass(frozen=True, slots=True)
+class SitePlacement:
+    """Where one site's matrices lie, in elements from the start of the image (or arena, once published)."""
+
+    site: int
+    a_offset: int  # A [rank, d_in], row-major
+    b_offset: int  # B [rank, d_out], rank-major: the transpose of PEFT's
+    rank: int
+    scaling: float
+
+
+class SlotTable:
+    """`[slot, site] → (offset of A, offset of B, rank, scaling)`, changed only by publish and release.
+
+    On the host the arrays are numpy; `a_offset`, `b_offset`, `rank` and `scaling` are the same memory as tensors, so
+    that a kernel can read them. Each slot has a generation that grows when it is released: (slot, generation) names
+    one adapter's stay and is never reused.
+    """
+
+    def __init__(self, num_sites: int, groups: tuple[SiteGroup, ...], num_slots: int = 64) -> None:
+        self.groups = groups
+        self._num_sites = num_sites
+        self._free = list(range(num_slots - 1, -1, -1))
+        self._published: dict[int, tuple[SitePlacement, ...]] = {}
+        self._acquired: set[int] = set()
+        self._grow_arrays(num_slots)
+
+    @property
+    def num_slots(self) -> int:
+        return len(self.generation)
+
+    def acquire(self) -> int:
+        """A slot that points to nothing; the table doubles when none is free (only ever between two steps)."""
+        if not self._free:
+            old = self.num_slots
+            self._grow_arrays(old * 2)
+            self._free = list(range(old * 2 - 1, old - 1, -1))
+        slot = self._free.pop()
+        self._acquired.add(slot)
+        return slot
+
+    def publish(self, slot: int, run: Run, placements: tuple[SitePlacement, ...]) -> None:
+        """Point `slot` at an image that is complete in `run`."""
+        assert slot in self._acquired and slot not in self._published, f"slot {slot} is not open for publishing"
+        for place in placements:
+            self._a[slot, place.site] = run.offset + place.a_offset
+            self._b[slot, place.site] = run.offset + place.b_offset
+            self._rank[slot, place.site] = place.rank
+            self._scaling[slot, place.site] = place.scaling
+        for group in self.groups:
+            self.group_rank[slot, group.index] = sum(int(self._rank[slot, site.index]) for site in group.sites)
+        self._published[slot] = placements
+
+    def release(self, slot: int) -> None:
+        """Forget what `slot` points to; its generation grows, so nothing cached for it can be used again."""
+        assert slot in self._acquired, f"slot {slot} is not in use"
+        self._published.pop(slot, None)
+        self._rank[slot] = 0
+        self._scaling[slot] = np.nan  # a stale read shows itself
+        self.group_rank[slot] = 0
+        self.generation[slot] += 1
+        self._acquired.remove(slot)
+        self._free.append(slot)
+
+    def rank_of(self, slot: int, site: int) -> int:
+        return int(self._rank[slot, site])
+
+    def entry(self, slot: int, site: int) -> tuple[int, int, int, float]:
+        """(offset of A, offset of B, rank, scaling) of one site of one slot, offsets in arena elements."""
+        at = slot, site
+        return int(self._a[at]), int(self._b[at]), int(self._rank[at]), float(self._scaling[at])
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless slots are free or acquired, never both, and only published ones have ranks."""
+        assert not self._acquired & set(self._free), "a slot is both free and acquired"
+        assert len(self._acquired) + len(self._free) == self.num_slots, "a slot was lost"
+        assert set(self._published) <= self._acquired, "a free slot is published"
+        for slot in range(self.num_slots):
+            if slot not in self._published:
+                assert not self._rank[slot].any(), f"slot {slot} is not published but has ranks"
+
+    def _grow_arrays(self, num_slots: int) -> None:
+        def grown(name: str, width: int, dtype: type) -> np.ndarray:
+            array = np.zeros((num_slots, width), dtype=dtype)
+            if (old := getattr(self, name, None)) is not None:
+                array[: len(old)] = old
+            return array
+
+        self._a = grown("_a", self._num_sites, np.int64)
+        self._b = grown("_b", self._num_sites, np.int64)
+        self._rank = grown("_rank", self._num_sites, np.int32)
+        self._scaling = grown("_scaling", self._num_sites, np.float32)
+        self.group_rank = grown("group_rank", len(self.groups), np.int32)  # [slot, group]: sum over its sites
+        old_generation = getattr(self, "generation", np.zeros(0, dtype=np.int64))
+        self.generation = np.zeros(num_slots, dtype=np.int64)
+        self.generation[: len(old_generation)] = old_generation
+        self.a_offset, self.b_offset = torch.from_numpy(self._a), torch.from_numpy(self._b)
+        self.rank, self.scaling = torch.from_numpy(self._rank), torch.from_numpy(self._scaling)

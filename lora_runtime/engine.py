@@ -1,0 +1,328 @@
+"""The engine thread: schedule → run → complete, and the only door to it, a queue of messages.
+
+It owns scheduler and residency. It never reads a file and never waits for an adapter: loads are conversations with
+the loader threads, and requests for other adapters run meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from lora_runtime.adapters.base_spec import BaseSpec
+from lora_runtime.adapters.loader import AdapterLoader, LoaderMessage
+from lora_runtime.arena import RankArena, SlotTable
+from lora_runtime.batch import Row
+from lora_runtime.catalogue import Catalogue
+from lora_runtime.errors import (
+    AdapterFailed,
+    DeadlineExpired,
+    EngineStopped,
+    MultiloraError,
+    RequestCancelled,
+)
+from lora_runtime.heads import scores_of
+from lora_runtime.mailbox import Mailbox
+from lora_runtime.model.runner import Runner
+from lora_runtime.residency import Residency, Resident, Unloaded
+from lora_runtime.scheduler import Scheduler, Ticket, Work
+from lora_runtime.types import (
+    AdapterId,
+    AdapterInfo,
+    AdapterState,
+    BatchStats,
+    Classification,
+    Request,
+    Result,
+    Timings,
+)
+
+logger = logging.getLogger(__name__)
+
+_SWEEP_S = 0.05  # how late a deadline may be noticed while the request waits for its adapter
+_IDLE_WAIT_S = 0.05
+
+
+class EngineObserver(Protocol):
+    """Told of what happens, in the engine thread: be quick. What it raises is logged and ignored."""
+
+    def on_batch(self, stats: BatchStats) -> None: ...
+
+    def on_result(self, request: Request, result: Result | MultiloraError) -> None: ...
+
+    def on_adapter(self, info: AdapterInfo) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """Bounds of one engine."""
+
+    token_budget: int = 2048  # tokens per step
+    max_batch_sequences: int = 256
+    num_loader_threads: int = 1
+    num_threads: int | None = None  # torch's intra-op threads; None leaves torch's choice
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """A batch in flight: its work in row order, and the adapters it holds."""
+
+    work: list[Work]
+    residents: dict[AdapterId, Resident]
+
+
+class Engine:
+    """Every admitted request gets exactly one terminal reply: a Result or a MultiloraError in its future."""
+
+    def __init__(
+        self, base: BaseSpec, runner: Runner, arena: RankArena, slots: SlotTable, settings: EngineSettings
+    ) -> None:
+        self._runner = runner
+        self._settings = settings
+        self._arena = arena
+        self._mailbox = Mailbox()
+        self._observers: list[EngineObserver] = []
+        self._scheduler = Scheduler(max(settings.token_budget, base.max_length), settings.max_batch_sequences)
+        self._loader = AdapterLoader(base, arena.num_bytes, settings.num_loader_threads, self._from_loader)
+        self._residency = Residency(arena, slots, self._loader, self._on_adapter, self._on_load_failed)
+        self._thread = threading.Thread(target=self._loop, name="multilora-engine", daemon=True)
+        self._drain_until: float | None = None  # set once the engine is draining
+        self._swept_at = 0.0
+        self._idle = True
+
+    # Any thread
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """The registered adapters; safe to read from any thread."""
+        return self._residency.catalogue
+
+    @property
+    def arena_used_bytes(self) -> int:
+        """Bytes of the arena that adapters hold, as last published."""
+        return sum(info.resident_bytes for info in self.catalogue.all())
+
+    @property
+    def arena_bytes(self) -> int:
+        return self._arena.num_bytes
+
+    def add_observer(self, observer: EngineObserver) -> None:
+        """Register before `start`."""
+        self._observers.append(observer)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, request: Request) -> Future[Result]:
+        """Queue a request; its adapter is loaded on first use. Never raises: refusals are in the future."""
+        future: Future[Result] = Future()
+        if not self._mailbox.post(lambda: self._admit(request, future)):
+            future.set_exception(EngineStopped("the engine has stopped; ask another replica"))
+        return future
+
+    def cancel(self, request_id: str) -> None:
+        """Fail a request with RequestCancelled, unless it has been answered; its sequences leave the queue."""
+        self._mailbox.post(lambda: self._cancel(request_id))
+
+    def register(self, adapter: AdapterId, path: Path, *, keep_failed: bool = False) -> Future[AdapterInfo]:
+        """List an adapter after reading its JSON files; no weights are read.
+
+        The future fails with AdapterAlreadyExists, or AdapterRejected; with `keep_failed` a rejected one is listed
+        as FAILED all the same, so that an operator sees it.
+        """
+        return self._mailbox.ask(
+            lambda future: self._residency.register(adapter, path, future, keep_failed=keep_failed)
+        )
+
+    def load(self, adapter: AdapterId) -> Future[AdapterInfo]:
+        """Bring an adapter to READY; a FAILED one is tried again. Fails with AdapterNotFound or AdapterFailed."""
+        return self._mailbox.ask(lambda future: self._residency.load(adapter, future))
+
+    def unload(self, adapter: AdapterId) -> Future[Unloaded]:
+        """Free an adapter's memory between two steps. Requests that still come load it again."""
+        return self._mailbox.ask(lambda future: self._residency.unload(adapter, future))
+
+    def check_integrity(self) -> Future[None]:
+        """Check arena, slots and records between two steps; the future carries the AssertionError."""
+
+        def check(future: Future[None]) -> None:
+            self._residency.check_integrity()
+            future.set_result(None)
+
+        return self._mailbox.ask(check)
+
+    def stop(self, drain_seconds: float = 10.0) -> None:
+        """Answer what was admitted, for at most `drain_seconds`, fail the rest with EngineStopped, and end."""
+        self._mailbox.post(lambda: self._drain(drain_seconds))
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._loader.stop()
+
+    # Engine thread
+
+    def _loop(self) -> None:
+        if self._settings.num_threads is not None:
+            torch.set_num_threads(self._settings.num_threads)
+        while not self._is_drained():
+            self._mailbox.run_pending(_IDLE_WAIT_S if self._idle else 0)
+            self._expire()
+            self._step()
+            self._residency.settle()
+            self._want_again()
+        self._mailbox.close()
+        stopped = EngineStopped("the engine stopped before the request was answered; ask another replica")
+        for ticket in self._scheduler.open_tickets():
+            self._fail(ticket, stopped)
+        self._residency.stop(stopped)
+
+    def _step(self) -> None:
+        planned = self._schedule()
+        self._idle = not planned.work
+        if planned.work:
+            started = time.monotonic()
+            outcome = self._run(planned)
+            self._complete(planned, outcome, time.monotonic() - started)
+
+    def _schedule(self) -> _Planned:
+        """The next batch, rows of one adapter adjacent, adapters by length so that equal lengths meet."""
+        work = self._scheduler.schedule(self._residency.is_ready)
+        now = time.monotonic()
+        of_adapter: dict[AdapterId, list[Work]] = {}
+        for item in work:
+            if item.ticket.started_at is None:
+                item.ticket.started_at = now
+            of_adapter.setdefault(item.ticket.adapter, []).append(item)
+        for items in of_adapter.values():
+            items.sort(key=lambda item: item.num_tokens)
+        ordered = sorted(of_adapter.values(), key=lambda items: items[0].num_tokens)
+        residents = {adapter: self._residency.acquire(adapter) for adapter in of_adapter}
+        return _Planned([item for items in ordered for item in items], residents)
+
+    def _run(self, planned: _Planned) -> list[torch.Tensor] | MultiloraError:
+        rows: list[Row] = []
+        for item in planned.work:
+            request = item.ticket.request
+            resident = planned.residents[request.adapter]
+            rows.append(Row(request.sequences[item.index], resident.slot, request.task, resident.params))
+        try:
+            return self._runner.run(rows)
+        except Exception as error:
+            logger.exception("a batch of %d sequences failed", len(rows))
+            return MultiloraError(f"the forward pass failed: {type(error).__name__}")
+
+    def _complete(self, planned: _Planned, outcome: list[torch.Tensor] | MultiloraError, forward_s: float) -> None:
+        for adapter in planned.residents:
+            self._residency.release(adapter)
+        now = time.monotonic()
+        if isinstance(outcome, MultiloraError):
+            for ticket in {item.ticket: None for item in planned.work}:
+                self._fail(ticket, outcome)
+            return
+        for item, logits in zip(planned.work, outcome, strict=True):
+            resident = planned.residents[item.ticket.adapter]
+            scores = scores_of(logits, resident.card.problem_type)
+            item.ticket.outputs[item.index] = Classification(tuple(logits.tolist()), tuple(scores.tolist()))
+        for ticket in {item.ticket: None for item in planned.work}:
+            if len(ticket.outputs) == len(ticket.request.sequences) and not ticket.done:
+                self._answer(ticket, planned.residents[ticket.adapter], now)
+        tokens = sum(item.num_tokens for item in planned.work)
+        self._observe("on_batch", BatchStats(len(planned.work), tokens, len(planned.residents), forward_s))
+
+    def _answer(self, ticket: Ticket, resident: Resident, now: float) -> None:
+        assert ticket.started_at is not None
+        waited = ticket.ready_at - ticket.submitted_at
+        queued = max(0.0, ticket.started_at - ticket.submitted_at - waited)
+        result = Result(
+            adapter=ticket.adapter,
+            digest=resident.digest,
+            card=resident.card,
+            outputs=tuple(ticket.outputs[i] for i in range(len(ticket.request.sequences))),
+            timings=Timings(queue_s=queued, load_wait_s=waited, forward_s=now - ticket.started_at),
+        )
+        self._scheduler.finish(ticket)
+        self._reply(ticket.request, ticket.future, result)
+
+    def _fail(self, ticket: Ticket, error: MultiloraError) -> None:
+        if not ticket.done:
+            self._scheduler.finish(ticket)
+            self._reply(ticket.request, ticket.future, error)
+
+    def _reply(self, request: Request, future: Future[Result], outcome: Result | MultiloraError) -> None:
+        """The one terminal reply; a caller that cancelled its future gets none but is still counted."""
+        self._observe("on_result", request, outcome)
+        if not future.set_running_or_notify_cancel():
+            return
+        if isinstance(outcome, MultiloraError):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
+
+    def _admit(self, request: Request, future: Future[Result]) -> None:
+        try:
+            if self._drain_until is not None:
+                raise EngineStopped("the engine is draining; ask another replica")
+            assert request.sequences, "a request has at least one sequence"
+            self._residency.want(request.adapter)
+        except MultiloraError as error:
+            self._reply(request, future, error)
+            return
+        ticket = self._scheduler.add(request, future, time.monotonic())
+        if not self._residency.is_ready(request.adapter):
+            ticket.ready_at = float("inf")
+
+    def _cancel(self, request_id: str) -> None:
+        if (ticket := self._scheduler.find(request_id)) is not None:
+            self._fail(ticket, RequestCancelled("the caller cancelled the request"))
+
+    def _want_again(self) -> None:
+        """Requests that were queued when their adapter was unloaded or evicted bring it back."""
+        for adapter in self._scheduler.wanted():
+            if not self._residency.is_ready(adapter) and self._scheduler.waiting_for(adapter):
+                self._residency.want(adapter)
+
+    def _on_adapter(self, info: AdapterInfo) -> None:
+        if info.state is AdapterState.READY:
+            now = time.monotonic()
+            for ticket in self._scheduler.waiting_for(info.id):
+                ticket.ready_at = min(ticket.ready_at, now)
+        self._observe("on_adapter", info)
+
+    def _on_load_failed(self, adapter: AdapterId, error: MultiloraError) -> None:
+        for ticket in self._scheduler.waiting_for(adapter):
+            self._fail(ticket, AdapterFailed(str(adapter), error))
+
+    def _expire(self) -> None:
+        """Answer requests whose deadline has passed, so that no batch carries them."""
+        now = time.monotonic()
+        if now - self._swept_at < _SWEEP_S and not self._idle:
+            return
+        self._swept_at = now
+        for ticket in self._scheduler.expired(now):
+            self._fail(ticket, DeadlineExpired("the deadline passed while the request waited"))
+
+    def _drain(self, drain_seconds: float) -> None:
+        if self._drain_until is None:
+            self._drain_until = time.monotonic() + drain_seconds
+
+    def _is_drained(self) -> bool:
+        if self._drain_until is None:
+            return False
+        return time.monotonic() >= self._drain_until or not self._scheduler.open_tickets()
+
+    def _from_loader(self, message: LoaderMessage) -> None:
+        """Called in a loader thread."""
+        self._mailbox.post(lambda: self._residency.handle(message))
+
+    def _observe(self, event: str, *facts: object) -> None:
+        for observer in self._observers:
+            try:
+                getattr(observer, event)(*facts)
+            except Exception:
+                logger.exception("observer %s failed in %s", type(observer).__name__, event)

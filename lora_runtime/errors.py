@@ -1,0 +1,161 @@
+"""Every error a user, a file or a peer can cause, as one tree.
+
+    MultiloraError
+    ├── InvalidRequest            one field of a request is wrong
+    │   └── TextTooLong           a text has more tokens than the adapter allows
+    ├── AdapterNotFound           no adapter of that name (never answered by the base)
+    ├── AdapterAlreadyExists      that tenant/name@version is registered
+    ├── AdapterRejected           the adapter's files are refused: what, where, and the remedy
+    ├── AdapterFailed             the adapter is registered but its last load was refused
+    ├── TaskMismatch              the adapter answers another task
+    ├── BaseModelUnsupported      the base model cannot be served
+    ├── CapacityExceeded          no room: a queue or the arena is full; trying again may help
+    ├── TrainingDataInvalid       a training file is refused: which file, which line, and why
+    ├── DeadlineExpired           the caller's deadline passed before the answer was ready
+    ├── RequestCancelled          the caller went away
+    └── EngineStopped             the engine is draining or has stopped
+
+`reason` is a stable upper-case code for machines; the message is for people and names the value, the place
+and the remedy. `metadata` carries the same facts as short strings. No error carries the text of a request.
+`assert` is for our own bugs and never appears on these paths.
+"""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+
+
+class MultiloraError(Exception):
+    """Base of the tree. `reason` is stable; `metadata` has string values only."""
+
+    reason = "INTERNAL"
+
+    def __init__(self, message: str, **metadata: object) -> None:
+        super().__init__(message)
+        self.message = message
+        self.metadata: dict[str, str] = {key: str(value) for key, value in metadata.items()}
+
+
+class InvalidRequest(MultiloraError):
+    """A field of a request is wrong. `field` is its path, such as ``inputs[3].text``."""
+
+    reason = "INVALID_REQUEST"
+
+    def __init__(self, field: str, message: str, **metadata: object) -> None:
+        super().__init__(f"{field}: {message}", field=field, **metadata)
+        self.field = field
+        self.description = message
+
+
+class TextTooLong(InvalidRequest):
+    """A text has more tokens than the adapter allows and truncation was not asked for."""
+
+    reason = "TEXT_TOO_LONG"
+
+    def __init__(self, field: str, num_tokens: int, limit: int) -> None:
+        super().__init__(
+            field,
+            f"has {num_tokens} tokens, the limit is {limit}; shorten it or set truncate",
+            num_tokens=num_tokens,
+            limit=limit,
+        )
+
+
+class AdapterNotFound(MultiloraError):
+    """No adapter of that name and version is registered."""
+
+    reason = "ADAPTER_NOT_FOUND"
+
+    def __init__(self, adapter: str) -> None:
+        super().__init__(f"adapter {adapter!r} is not registered; register it first or check the name", adapter=adapter)
+
+
+class AdapterAlreadyExists(MultiloraError):
+    """That tenant/name@version is taken; versions are immutable."""
+
+    reason = "ADAPTER_ALREADY_EXISTS"
+
+    def __init__(self, adapter: str) -> None:
+        super().__init__(f"adapter {adapter} is already registered; register a new version", adapter=adapter)
+
+
+class AdapterRejected(MultiloraError):
+    """The files of an adapter are refused.
+
+    `where` is the file, or the file and the tensor or field in it; `code` says which rule was broken.
+    """
+
+    reason = "ADAPTER_REJECTED"
+
+    def __init__(self, code: str, where: str, message: str) -> None:
+        super().__init__(f"{where}: {message}", code=code, where=where)
+        self.code = code
+        self.where = where
+
+
+class AdapterFailed(MultiloraError):
+    """The adapter is registered, but its last load was refused; `message` repeats why."""
+
+    reason = "ADAPTER_FAILED"
+
+    def __init__(self, adapter: str, cause: MultiloraError) -> None:
+        super().__init__(f"adapter {adapter} could not be loaded: {cause.message}", adapter=adapter, **cause.metadata)
+        self.cause = cause
+
+
+class TaskMismatch(MultiloraError):
+    """The adapter exists and answers another task than the one asked for."""
+
+    reason = "TASK_MISMATCH"
+
+    def __init__(self, adapter: str, asked: str, answers: str) -> None:
+        super().__init__(
+            f"adapter {adapter} answers {answers}, not {asked}", adapter=adapter, asked=asked, answers=answers
+        )
+
+
+class BaseModelUnsupported(MultiloraError):
+    """The base model cannot be served exactly, so it is not served at all."""
+
+    reason = "BASE_MODEL_UNSUPPORTED"
+
+
+class CapacityExceeded(MultiloraError):
+    """A bounded resource is full. `retry_after_s` is a hint in seconds."""
+
+    reason = "CAPACITY_EXCEEDED"
+
+    def __init__(self, message: str, *, retry_after_s: float = 0.1, **metadata: object) -> None:
+        super().__init__(message, **metadata)
+        self.retry_after_s = retry_after_s
+
+
+class TrainingDataInvalid(MultiloraError):
+    """A file of training rows is refused; `line` counts from 1, None when no single line is at fault."""
+
+    reason = "TRAINING_DATA_INVALID"
+
+    def __init__(self, path: PurePath, line: int | None, message: str) -> None:
+        where = f"{path}" if line is None else f"{path}:{line}"
+        super().__init__(f"{where}: {message}", path=path, **({} if line is None else {"line": line}))
+        self.path = path
+        self.line = line
+        self.description = message
+
+
+class DeadlineExpired(MultiloraError):
+    """The deadline passed while the request waited; it was dropped before the forward pass."""
+
+    reason = "DEADLINE_EXPIRED"
+
+
+class RequestCancelled(MultiloraError):
+    """The caller cancelled the request."""
+
+    reason = "REQUEST_CANCELLED"
+
+
+class EngineStopped(MultiloraError):
+    """The engine is draining or has stopped; another replica may answer."""
+
+    reason = "ENGINE_STOPPED"

@@ -1,0 +1,1 @@
+"""Numerical ops, a folder each."""

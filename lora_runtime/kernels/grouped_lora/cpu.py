@@ -1,0 +1,192 @@
+"""The CPU backend: long segments in a loop over views of the arena, short ones in one batched product.
+
+Two GEMMs per segment are the least arithmetic, but each call costs microseconds; below `SHORT_ROWS` rows that
+cost dominates, so short segments are padded to equal length and multiplied by a stack of their matrices. The
+stack is a copy: it is kept until the set of adapters changes, one per group and rank class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from lora_runtime.arena import RankArena, SlotTable
+from lora_runtime.kernels.grouped_lora.api import LoraPlan, Segment
+from lora_runtime.types import Site, SiteGroup
+
+SHORT_ROWS = 16  # segments below this many rows are batched
+MIN_BATCHED = 4  # fewer short segments than this are not worth a stack
+
+
+@dataclass(frozen=True, slots=True)
+class _GroupViews:
+    """One slot's matrices at one group, as views of the arena."""
+
+    generation: int
+    a_t: torch.Tensor  # [d_in, R]: every A of the group, transposed
+    sites: dict[int, tuple[int, int, torch.Tensor, float]]  # site → (first column of R, last, B [r, d_out], scaling)
+
+
+@dataclass(frozen=True, slots=True)
+class _Stack:
+    """The matrices of n slots at one group, padded with zeros to the widest of them."""
+
+    key: tuple[tuple[int, int], ...]  # (slot, generation) in order
+    a_t: torch.Tensor  # [n, d_in, R]
+    b: dict[int, torch.Tensor]  # site → [n, R, d_out], rows of other sites are zero, scaling multiplied in
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """Short segments of one rank class, padded to one length."""
+
+    segments: tuple[Segment, ...]
+    rank_class: int
+    length: int
+    gather: torch.Tensor | None  # [n * length] rows of x; None when the segments are one gapless equal run
+    rows: torch.Tensor | None  # rows of out that are real
+    real: torch.Tensor | None  # their places among n * length
+
+    @property
+    def key(self) -> tuple[tuple[int, int], ...]:
+        return tuple((s.slot, s.generation) for s in self.segments)
+
+
+@dataclass(frozen=True, slots=True)
+class _Shrunk:
+    """`x A^T` of every active segment: looped ones [rows, R], tiles [n, length, R]."""
+
+    looped: list[tuple[Segment, _GroupViews, torch.Tensor]]
+    tiled: list[tuple[_Tile, _Stack, torch.Tensor]]
+
+
+class CpuGroupedLora:
+    """Bound to one arena and slot table; accumulates in fp32."""
+
+    def __init__(self, arena: RankArena, slots: SlotTable) -> None:
+        self._buffer = arena.buffer
+        self._slots = slots
+        self._views: dict[tuple[int, int], _GroupViews] = {}  # (slot, group)
+        self._stacks: dict[tuple[int, int], _Stack] = {}  # (group, rank class)
+
+    def shrink(self, x: torch.Tensor, group: SiteGroup, plan: LoraPlan) -> _Shrunk:
+        looped_segments, tiles = self._split(group, plan)
+        looped: list[tuple[Segment, _GroupViews, torch.Tensor]] = []
+        for segment in looped_segments:
+            views = self._group_views(segment, group)
+            looped.append((segment, views, torch.mm(x[segment.start : segment.end], views.a_t)))
+        tiled: list[tuple[_Tile, _Stack, torch.Tensor]] = []
+        for tile in tiles:
+            stack = self._stack(tile, group)
+            tiled.append((tile, stack, torch.bmm(_gathered(x, tile), stack.a_t)))
+        return _Shrunk(looped, tiled)
+
+    def expand(self, shrunk: _Shrunk, site: Site, plan: LoraPlan, out: torch.Tensor) -> None:
+        del plan
+        for segment, views, h in shrunk.looped:
+            if (place := views.sites.get(site.index)) is not None:
+                first, last, b, scaling = place
+                out[segment.start : segment.end].addmm_(h[:, first:last], b, alpha=scaling)
+        for tile, stack, h in shrunk.tiled:
+            if (b := stack.b.get(site.index)) is not None:
+                _scatter_add(out, tile, h, b)
+
+    def _split(self, group: SiteGroup, plan: LoraPlan) -> tuple[tuple[Segment, ...], tuple[_Tile, ...]]:
+        """Which segments are looped and which are tiled; groups with the same active adapters share the answer."""
+        active = plan.active(group)
+        ranks = tuple(int(self._slots.group_rank[s.slot, group.index]) for s in active)
+        key = "split", active, tuple(map(_rank_class, ranks))
+        if key not in plan.cache:
+            plan.cache[key] = _split(active, key[2])
+        return plan.cache[key]
+
+    def _group_views(self, segment: Segment, group: SiteGroup) -> _GroupViews:
+        key = segment.slot, group.index
+        views = self._views.get(key)
+        if views is None or views.generation != segment.generation:
+            views = self._views[key] = self._make_views(segment, group)
+        return views
+
+    def _make_views(self, segment: Segment, group: SiteGroup) -> _GroupViews:
+        sites: dict[int, tuple[int, int, torch.Tensor, float]] = {}
+        column, start = 0, None
+        for site in group.sites:
+            a_offset, b_offset, rank, scaling = self._slots.entry(segment.slot, site.index)
+            if not rank:
+                continue
+            start = a_offset if start is None else start
+            assert a_offset == start + column * site.d_in, "the A blocks of a group are not adjacent"
+            b = self._buffer[b_offset : b_offset + rank * site.d_out].view(rank, site.d_out)
+            sites[site.index] = column, column + rank, b, scaling
+            column += rank
+        assert start is not None, "a segment without a matrix in the group is not active"
+        a = self._buffer[start : start + column * group.d_in].view(column, group.d_in)
+        return _GroupViews(segment.generation, a.t(), sites)
+
+    def _stack(self, tile: _Tile, group: SiteGroup) -> _Stack:
+        key = group.index, tile.rank_class
+        stack = self._stacks.get(key)
+        if stack is None or stack.key != tile.key:
+            stack = self._stacks[key] = self._make_stack(tile, group)
+        return stack
+
+    def _make_stack(self, tile: _Tile, group: SiteGroup) -> _Stack:
+        views = [self._group_views(segment, group) for segment in tile.segments]
+        n, width = len(views), max(v.a_t.shape[1] for v in views)
+        a = self._buffer.new_zeros(n, width, group.d_in)
+        b: dict[int, torch.Tensor] = {}
+        for i, view in enumerate(views):
+            a[i, : view.a_t.shape[1]] = view.a_t.t()
+            for index, (first, last, matrix, scaling) in view.sites.items():
+                if index not in b:
+                    b[index] = self._buffer.new_zeros(n, width, matrix.shape[1])
+                torch.mul(matrix, scaling, out=b[index][i, first:last])
+        return _Stack(tile.key, a.transpose(1, 2), b)
+
+
+def _rank_class(rank: int) -> int:
+    """Ranks of one class differ by less than four times, so padding to the widest stays cheap."""
+    return (rank.bit_length() - 1) // 2
+
+
+def _split(active: tuple[Segment, ...], classes: tuple[int, ...]) -> tuple[tuple[Segment, ...], tuple[_Tile, ...]]:
+    short: dict[int, list[Segment]] = {}
+    for segment, rank_class in zip(active, classes, strict=True):
+        if segment.num_rows < SHORT_ROWS:
+            short.setdefault(rank_class, []).append(segment)
+    batched = {c: tuple(segments) for c, segments in short.items() if len(segments) >= MIN_BATCHED}
+    taken = {segment for segments in batched.values() for segment in segments}
+    looped = tuple(segment for segment in active if segment not in taken)
+    return looped, tuple(_make_tile(segments, c) for c, segments in sorted(batched.items()))
+
+
+def _make_tile(segments: tuple[Segment, ...], rank_class: int) -> _Tile:
+    length = max(s.num_rows for s in segments)
+    gapless = all(left.end == right.start for left, right in pairwise(segments))
+    if gapless and all(s.num_rows == length for s in segments):
+        return _Tile(segments, rank_class, length, None, None, None)
+    starts = torch.tensor([s.start for s in segments])[:, None]
+    counts = torch.tensor([s.num_rows for s in segments])[:, None]
+    steps = torch.arange(length)[None, :]
+    gather = (starts + torch.minimum(steps, counts - 1)).view(-1)  # padding repeats the last row; it is thrown away
+    real = (steps < counts).view(-1).nonzero().view(-1)
+    return _Tile(segments, rank_class, length, gather, gather[real], real)
+
+
+def _gathered(x: torch.Tensor, tile: _Tile) -> torch.Tensor:
+    """x of a tile, [n, length, d_in]."""
+    gapless = slice(tile.segments[0].start, tile.segments[-1].end)
+    rows = x[gapless] if tile.gather is None else x.index_select(0, tile.gather)
+    return rows.reshape(len(tile.segments), tile.length, x.shape[1])
+
+
+def _scatter_add(out: torch.Tensor, tile: _Tile, h: torch.Tensor, b: torch.Tensor) -> None:
+    if tile.gather is None:
+        target = out[tile.segments[0].start : tile.segments[-1].end]
+        target.view(len(tile.segments), tile.length, -1).baddbmm_(h, b)
+        return
+    assert tile.rows is not None and tile.real is not None
+    delta = torch.bmm(h, b).view(-1, out.shape[1])
+    out.index_add_(0, tile.rows, delta.index_select(0, tile.real))  # rows are distinct: the order cannot matter

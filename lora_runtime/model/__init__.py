@@ -1,0 +1,1 @@
+"""The resident base: loading, wrapping, the packed forward."""

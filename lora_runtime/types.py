@@ -1,0 +1,227 @@
+"""The nouns that every layer shares. No torch here, so that the scheduler can use them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from lora_runtime.errors import InvalidRequest, MultiloraError
+
+DEFAULT_TENANT = "default"
+BASE_NAME = "base"  # reserved: the base model without an adapter
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_RESOURCE = re.compile(r"tenants/([^/]+)/adapters/([^/]+)(?:/versions/([^/]+))?")
+
+
+class Task(StrEnum):
+    """What an adapter's head answers."""
+
+    CLASSIFY = "classify"
+
+
+class ProblemType(StrEnum):
+    """How logits of a classification become scores; the values are those of transformers' `problem_type`."""
+
+    SINGLE_LABEL = "single_label_classification"  # softmax over labels
+    MULTI_LABEL = "multi_label_classification"  # a sigmoid per label
+    REGRESSION = "regression"  # the logit is the value
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class AdapterId:
+    """`tenant/name@version`. Versions are positive integers and immutable once registered."""
+
+    tenant: str
+    name: str
+    version: int
+
+    def __post_init__(self) -> None:
+        check_name("tenant", self.tenant)
+        check_name("adapter", self.name)
+        if self.version < 1:
+            raise InvalidRequest("version", f"{self.version} is not a positive integer")
+        if self.name == BASE_NAME:
+            raise InvalidRequest("adapter", f"the name {BASE_NAME!r} is reserved for the base model")
+
+    def __str__(self) -> str:
+        return f"{self.tenant}/{self.name}@{self.version}"
+
+    @property
+    def resource_name(self) -> str:
+        return f"tenants/{self.tenant}/adapters/{self.name}/versions/{self.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRef:
+    """A reference as a caller writes it; `version` is None for a bare name, which follows the alias `default`."""
+
+    tenant: str
+    name: str
+    version: int | None
+
+    @classmethod
+    def parse(cls, text: str, tenant: str = DEFAULT_TENANT) -> AdapterRef:
+        """Parse `name`, `name@version` or `tenants/T/adapters/A[/versions/V]`; `tenant` is the caller's own.
+
+        Raises InvalidRequest on field `adapter` when `text` is none of these.
+        """
+        if resource := _RESOURCE.fullmatch(text):
+            tenant, name, version = resource.groups()
+        else:
+            name, _, tail = text.partition("@")
+            version = tail if "@" in text else None
+        check_name("adapter", name)
+        check_name("adapter", tenant)
+        return cls(tenant, name, None if version is None else parse_version(version))
+
+    def __str__(self) -> str:
+        suffix = "" if self.version is None else f"@{self.version}"
+        return f"{self.tenant}/{self.name}{suffix}"
+
+
+def check_name(field_name: str, value: str) -> None:
+    """Raise InvalidRequest unless `value` is 1 to 128 of letters, digits, '.', '_', '-' (no leading punctuation)."""
+    if not _NAME.fullmatch(value):
+        raise InvalidRequest(
+            field_name,
+            f"{value[:140]!r} is not a name: 1 to 128 letters, digits, '.', '_' or '-', a letter or digit first",
+        )
+
+
+def parse_version(text: str) -> int:
+    """A positive integer in plain digits; raises InvalidRequest on field `adapter` otherwise."""
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) > 0):
+        raise InvalidRequest("adapter", f"version {text[:40]!r} is not a positive integer")
+    return int(text)
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One base projection an adapter may adapt. `name` is the module path inside the backbone."""
+
+    index: int
+    name: str
+    d_in: int
+    d_out: int
+    group: int  # index of its SiteGroup
+    per_sequence: bool  # runs once per sequence (a pooler), hence in the head stage
+
+
+@dataclass(frozen=True, slots=True)
+class SiteGroup:
+    """Sites fed by the same input, in call order; they share one shrink."""
+
+    index: int
+    d_in: int
+    sites: tuple[Site, ...]
+
+
+class AdapterState(StrEnum):
+    """The highest tier an adapter has reached. Legal moves are the table in `residency.py`."""
+
+    REGISTERED = "REGISTERED"  # known, nothing in memory
+    FETCHING = "FETCHING"  # files are being read and validated
+    HOST = "HOST"  # validated, in host memory, waiting for room on the device
+    COPYING = "COPYING"  # being written into its run of the arena
+    READY = "READY"  # published in the slot table
+    DRAINING = "DRAINING"  # leaving; batches in flight still hold it
+    FAILED = "FAILED"  # refused; the reason is kept
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterCard:
+    """What is known of an adapter without its weights: from its JSON files."""
+
+    task: Task
+    labels: tuple[str, ...] | None  # None until the head's row count is known, when the files name no labels
+    problem_type: ProblemType
+    max_length: int | None  # tokens, special ones included; None: what the base allows
+    pad_token_id: int | None
+    base_model_name: str | None  # a hint for people, never compared
+    metrics: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterInfo:
+    """One adapter as others may see it: an immutable snapshot, replaced when anything changes."""
+
+    id: AdapterId
+    path: Path
+    state: AdapterState
+    card: AdapterCard | None  # None when the JSON files themselves were refused
+    digest: str | None = None  # SHA-256 over the content, known after the first load
+    failure: MultiloraError | None = None
+    resident_bytes: int = 0  # bytes of the arena
+    num_parameters: int = 0
+    ranks: tuple[int, ...] = ()  # distinct, ascending
+    load_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSequence:
+    """One tokenised text, or text pair."""
+
+    input_ids: tuple[int, ...]
+    token_type_ids: tuple[int, ...] | None
+    truncated: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One RPC: one adapter version, n sequences. Counts and permits are per sequence."""
+
+    request_id: str
+    adapter: AdapterId
+    task: Task
+    sequences: tuple[TokenSequence, ...]
+    deadline_monotonic: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Classification:
+    """The answer for one sequence, in the order of the adapter's labels: [num_labels] each."""
+
+    logits: tuple[float, ...]
+    scores: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds of one request inside the engine."""
+
+    queue_s: float  # admitted until its first batch formed, without the wait for its adapter
+    load_wait_s: float  # spent waiting for the adapter to become READY
+    forward_s: float  # in batches that carried its sequences, first to last
+
+    @property
+    def total_s(self) -> float:
+        return self.queue_s + self.load_wait_s + self.forward_s
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The terminal reply of a request; `outputs` follows the order of its sequences."""
+
+    adapter: AdapterId
+    digest: str
+    card: AdapterCard  # of the weights that answered; labels are always set
+    outputs: tuple[Classification, ...]
+    timings: Timings
+
+
+@dataclass(frozen=True, slots=True)
+class BatchStats:
+    """One engine step, for observers."""
+
+    num_sequences: int
+    num_tokens: int
+    num_adapters: int  # distinct, the base not counted
+    forward_s: float
