@@ -217,7 +217,7 @@ class Residency:
             return
         record.fetched = message
         self._move(record, AdapterState.HOST)
-        self._make_room(record)
+        self._waiting_for_room.append(message.adapter)  # room is made after the step: what is READY gets its batch
 
     def _make_room(self, record: _Record) -> None:
         """Allocate a run for a HOST adapter, evicting idle ones; without room it waits for the next settle."""

@@ -211,7 +211,8 @@ def _site_weights(module: str, pair: dict[str, torch.Tensor], config: LoraConfig
 def _check_param(key: str, name: str, tensor: torch.Tensor, base: BaseSpec, head: HeadSpec) -> None:
     shape = head.shapes.get(name)
     if shape is None:
-        if name in head.fixed or name.rpartition(".")[0] in base.modules:
+        module = name.rpartition(".")[0]
+        if name in head.fixed or (module and module in base.modules):
             _refuse("FEATURE_UNSUPPORTED", key, "replaces a module of the base, which is not served yet")
         _refuse("UNEXPECTED_TENSOR", key, f"belongs neither to LoRA nor to the {head.task} head of {base.name}")
     found = tuple(tensor.shape)

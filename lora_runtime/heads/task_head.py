@@ -8,16 +8,16 @@ answers a batch of adapters with different numbers of labels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lora_runtime.adapters.base_spec import HeadSpec
-from lora_runtime.arena import BASE_SLOT, SlotTable
-from lora_runtime.batch import Batch, Row, Step, current_step
+from lora_runtime.batch import Batch, Step, current_step
 from lora_runtime.heads.sequence_linear import SequenceLinear
-from lora_runtime.kernels.grouped_lora import GroupedLora
-from lora_runtime.types import Site, SiteGroup, Task, TokenSequence
+from lora_runtime.types import Site, SiteGroup, Task
 
 PROBE_LABELS = 11  # an output width that no hidden size has
 
@@ -84,20 +84,12 @@ class TaskHead:
         widths = [row.params[self.spec.output].shape[0] for row in batch.rows]
         return [logits[i, :width] for i, width in enumerate(widths)]
 
-    def probe_first_token(self, slots: SlotTable, backend: GroupedLora, hidden_size: int) -> None:
+    def probe_first_token(self, step: Step, hidden: Sequence[torch.Tensor]) -> None:
         """Find out whether the class reads only the first token, by changing all others: then nothing is padded."""
         generator = torch.Generator().manual_seed(0)
-        params = {
-            name: torch.randn([PROBE_LABELS if n is None else n for n in shape], generator=generator)
-            for name, shape in self.spec.shapes.items()
-            if name not in self.spec.from_base
-        }
-        row = Row(TokenSequence((5, 6, 7, 8), None), BASE_SLOT, self.spec.task, params)
-        step = Step(Batch.pack([row]), slots, backend)
-        hidden = torch.randn(4, hidden_size, generator=generator)
-        changed = torch.cat([hidden[:1], torch.randn(3, hidden_size, generator=generator)])
-        with torch.inference_mode():
-            self._first_token_only = torch.equal(self.run(step, hidden)[0], self.run(step, changed)[0])
+        changed = [torch.cat([h[:1], torch.randn(h[1:].shape, generator=generator)]) for h in hidden]
+        before, after = self.run(step, torch.cat(list(hidden))), self.run(step, torch.cat(changed))
+        self._first_token_only = all(torch.equal(b, a) for b, a in zip(before, after, strict=True))
 
     def _pad(self, batch: Batch, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(input_ids, attention_mask, hidden) padded on the right to [N, L] and [N, L, d]."""

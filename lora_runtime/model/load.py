@@ -21,7 +21,7 @@ from lora_runtime.heads import TaskHead
 from lora_runtime.heads.task_head import PROBE_LABELS
 from lora_runtime.model.base import BaseModel
 from lora_runtime.model.inject import Calls, make_sites, observe_calls, wrap_sites
-from lora_runtime.model.probe import prove_packed, separate_outputs
+from lora_runtime.model.probe import SeparateOutputs, prove_head, prove_packed, separate_outputs
 from lora_runtime.types import Task
 
 
@@ -39,12 +39,14 @@ def load_base(name_or_path: str | Path) -> BaseModel:
     fingerprint = fingerprint_base(backbone, model.config)
     model.float().eval().requires_grad_(False)
     modules = frozenset(path for path, _ in backbone.named_modules())
-    calls, children, expected = _observe(backbone, model.config)
+    calls, children, expected = _observe(model, backbone)
+    drawn = {key.removeprefix(f"{prefix}."): model.get_parameter(key) for key in missing}
     head = _make_head(model, prefix, children, missing, name)
     sites, groups = make_sites(calls, backbone, head.sequence_linears)
     wrap_sites(backbone, sites, groups)
     head.set_sites(sites, groups)
-    packed = prove_packed(backbone, model.config, groups, head, expected, name)
+    packed = prove_packed(backbone, model.config, groups, expected, name)
+    prove_head(head, drawn, groups, expected, name)
     spec = BaseSpec(
         name=name,
         prefix=prefix,
@@ -87,16 +89,17 @@ def _from_pretrained(name_or_path: str | Path, name: str) -> tuple[Any, set[str]
     return model, missing, tokenizer
 
 
-def _observe(backbone: nn.Module, config: Any) -> tuple[Calls, dict[str, nn.Module], list[torch.Tensor]]:
-    """What the unwrapped backbone does by itself: its calls, its per-sequence children (taken off), its outputs."""
+def _observe(model: Any, backbone: nn.Module) -> tuple[Calls, dict[str, nn.Module], SeparateOutputs]:
+    """What the unmodified base does: its calls, its per-sequence children (then taken off), its outputs."""
     with torch.inference_mode():
         tokens = torch.arange(5, 14)[None]
         calls = observe_calls(backbone, tokens.shape[1], lambda: backbone(input_ids=tokens))
         names = dict.fromkeys(path.split(".")[0] for path in calls.per_sequence)
         children = {name: backbone.get_submodule(name) for name in names}
+        expected = separate_outputs(model, backbone)
         for name in children:
             setattr(backbone, name, None)  # architectures skip a pooler that is None; it runs in the head stage
-        return calls, children, separate_outputs(backbone, config)
+        return calls, children, expected
 
 
 def _make_head(model: nn.Module, prefix: str, children: dict[str, nn.Module], missing: set[str], name: str) -> TaskHead:

@@ -7,6 +7,7 @@ the function's calls are counted, and outputs compared, before a base serves any
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,32 +25,35 @@ from lora_runtime.types import SiteGroup, TokenSequence
 PROBE_TOLERANCE = 1e-5  # of the largest hidden value, fp32
 
 
-def separate_outputs(backbone: nn.Module, config: Any) -> list[torch.Tensor]:
-    """Hidden states [n, d] of each probe sequence alone, by the base's own attention and positions."""
-    return [backbone(input_ids=torch.tensor([ids])).last_hidden_state[0] for ids in _probe_ids(config)]
+@dataclass(frozen=True, slots=True)
+class SeparateOutputs:
+    """What the unmodified base answers to each probe sequence alone, by its own attention and positions."""
+
+    hidden: tuple[torch.Tensor, ...]  # [n, d] each
+    logits: tuple[torch.Tensor, ...]  # [num_labels] each, by the head as it was drawn
+    ids: tuple[tuple[int, ...], ...]
+
+
+def separate_outputs(model: Any, backbone: nn.Module) -> SeparateOutputs:
+    """Run the task class and its backbone on each probe sequence."""
+    ids = _probe_ids(model.config)
+    hidden = tuple(backbone(input_ids=torch.tensor([i])).last_hidden_state[0] for i in ids)
+    return SeparateOutputs(hidden, tuple(model(input_ids=torch.tensor([i])).logits[0] for i in ids), ids)
 
 
 def prove_packed(
-    backbone: nn.Module,
-    config: Any,
-    groups: tuple[SiteGroup, ...],
-    head: TaskHead,
-    expected: list[torch.Tensor],
-    name: str,
+    backbone: nn.Module, config: Any, groups: tuple[SiteGroup, ...], expected: SeparateOutputs, name: str
 ) -> PackedBackbone:
     """Switch a wrapped backbone to packed attention; raises BaseModelUnsupported unless it equals `expected`."""
     backbone.set_attn_implementation(PACKED_ATTENTION)  # pyright: ignore[reportCallIssue]
-    slots = SlotTable(sum(len(group.sites) for group in groups), groups, num_slots=1)
-    backend = ReferenceGroupedLora(RankArena(ALIGNMENT * 4))
-    step = Step(Batch.pack([Row(TokenSequence(ids, None)) for ids in _probe_ids(config)]), slots, backend)
+    step = _step([Row(TokenSequence(ids, None)) for ids in expected.ids], groups)
     takes_types = "token_type_ids" in inspect.signature(backbone.forward).parameters
     errors: list[float] = []
     for padding_idx in (None, getattr(config, "pad_token_id", None)):
         packed = PackedBackbone(backbone, takes_types, padding_idx)
-        error = _error(packed, step, torch.cat(expected), name)
+        error = _error(packed, step, torch.cat(expected.hidden), name)
         _check_counted(step, config, name)
         if error <= PROBE_TOLERANCE:
-            head.probe_first_token(slots, backend, config.hidden_size)
             return packed
         errors.append(error)
     raise BaseModelUnsupported(
@@ -57,6 +61,36 @@ def prove_packed(
         f"(limit {PROBE_TOLERANCE:.0e}), so requests could see each other; it is not served",
         base=name,
     )
+
+
+def prove_head(
+    head: TaskHead,
+    drawn: dict[str, torch.Tensor],
+    groups: tuple[SiteGroup, ...],
+    expected: SeparateOutputs,
+    name: str,
+) -> None:
+    """Raise BaseModelUnsupported unless the head, given `drawn` as an adapter's parameters, gives `expected`."""
+    rows = [Row(TokenSequence(ids, None), task=head.spec.task, params=drawn) for ids in expected.ids]
+    step = _step(rows, groups)
+    with torch.inference_mode():
+        head.probe_first_token(step, expected.hidden)
+        found = head.run(step, torch.cat(expected.hidden))
+        try:
+            errors = [float((f - e).abs().max() / e.abs().max()) for f, e in zip(found, expected.logits, strict=True)]
+        except RuntimeError:  # shapes that do not even meet
+            errors = [float("inf")]
+    if not max(errors) <= PROBE_TOLERANCE:
+        raise BaseModelUnsupported(
+            f"base {name}: its {head.spec.task} head gives other logits around given hidden states "
+            f"({max(errors):.1e} of the largest, limit {PROBE_TOLERANCE:.0e}); the architecture is not served yet",
+            base=name,
+        )
+
+
+def _step(rows: list[Row], groups: tuple[SiteGroup, ...]) -> Step:
+    slots = SlotTable(sum(len(group.sites) for group in groups), groups, num_slots=1)
+    return Step(Batch.pack(rows), slots, ReferenceGroupedLora(RankArena(ALIGNMENT * 4)))
 
 
 def _error(packed: PackedBackbone, step: Step, expected: torch.Tensor, name: str) -> float:

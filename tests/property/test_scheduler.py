@@ -1,0 +1,88 @@
+"""Any mix of arrivals, loads, cancels and batches: nothing lost, nothing twice, budgets held, waiting bounded."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from lora_runtime.scheduler import Scheduler, Ticket
+from lora_runtime.types import AdapterId, Classification, Request, Task, TokenSequence
+
+BUDGET, MAX_SEQUENCES = 50, 6
+ADAPTERS = [AdapterId("default", f"a{i}", 1) for i in range(4)]
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scheduler = Scheduler(BUDGET, MAX_SEQUENCES)
+        self.ready: set[AdapterId] = set()
+        self.tickets: dict[int, Ticket] = {}
+        self.left: dict[int, list[int]] = {}  # arrival → sequences not yet scheduled
+        self.now = 0.0
+
+    @rule(adapter=st.sampled_from(ADAPTERS), lengths=st.lists(st.integers(1, BUDGET), min_size=1, max_size=9))
+    def arrive(self, adapter: AdapterId, lengths: list[int]) -> None:
+        self.now += 1
+        sequences = tuple(TokenSequence((1,) * n, None) for n in lengths)
+        request = Request(f"r{self.now}", adapter, Task.CLASSIFY, sequences, deadline_monotonic=self.now + 20)
+        ticket = self.scheduler.add(request, Future(), self.now)
+        self.tickets[ticket.arrival] = ticket
+        self.left[ticket.arrival] = list(range(len(lengths)))
+
+    @rule(adapter=st.sampled_from(ADAPTERS))
+    def toggle(self, adapter: AdapterId) -> None:
+        self.ready ^= {adapter}
+
+    @precondition(lambda self: self.tickets)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        self.forget(data.draw(st.sampled_from(sorted(self.tickets))))
+
+    @rule()
+    def expire(self) -> None:
+        self.now += 1
+        due = {t.arrival for t in self.tickets.values() if t.submitted_at + 20 <= self.now}
+        assert {ticket.arrival for ticket in self.scheduler.expired(self.now)} == due
+        for arrival in due:
+            self.forget(arrival)
+
+    @rule()
+    def batch(self) -> None:
+        servable = sorted(a for a, left in self.left.items() if left and self.tickets[a].adapter in self.ready)
+        work = self.scheduler.schedule(lambda adapter: adapter in self.ready)
+        assert bool(work) == bool(servable), "a servable request was passed over, or one was made up"
+        assert len(work) <= MAX_SEQUENCES
+        assert sum(item.num_tokens for item in work) <= BUDGET
+        if work:
+            assert work[0].ticket.arrival == servable[0], "the oldest servable request must go first"
+        for item in work:
+            assert item.ticket.adapter in self.ready
+            assert self.left[item.ticket.arrival].pop(0) == item.index, "a sequence was skipped or answered twice"
+            item.ticket.outputs[item.index] = Classification((), ())
+        for arrival in [a for a, left in self.left.items() if not left]:
+            assert len(self.tickets[arrival].outputs) == len(self.tickets[arrival].request.sequences)
+            self.forget(arrival)
+
+    @invariant()
+    def nothing_lost(self) -> None:
+        assert {t.arrival for t in self.scheduler.open_tickets()} == set(self.tickets)
+
+    def forget(self, arrival: int) -> None:
+        self.scheduler.finish(self.tickets.pop(arrival))
+        del self.left[arrival]
+
+    def teardown(self) -> None:
+        self.ready = set(ADAPTERS)
+        for _ in range(200):
+            if not self.tickets:
+                break
+            self.batch()
+        assert not self.tickets, "requests wait for ever although every adapter is ready"
+
+
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -1,0 +1,316 @@
+"""An adapter folder is either understood wholly or refused with a reason that says what and where."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from lora_runtime.adapters.base_spec import BaseSpec
+from lora_runtime.adapters.checkpoint import Checkpoint, read_checkpoint
+from lora_runtime.adapters.fingerprint import file_sha256
+from lora_runtime.adapters.folder import read_card
+from lora_runtime.adapters.image import head_views, plan_image, write_image
+from lora_runtime.adapters.metadata import AdapterMetadata
+from lora_runtime.errors import AdapterRejected
+from lora_runtime.model.load import load_base
+from lora_runtime.types import ProblemType, Task
+from tests.oracle import ALL_LINEAR, make_adapter
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+QUERY = "base_model.model.bert.encoder.layer.0.attention.self.query"
+
+
+@pytest.fixture(scope="module")
+def base(tiny_bert: Path) -> BaseSpec:
+    return load_base(tiny_bert).spec
+
+
+@pytest.fixture(scope="module")
+def pristine(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_adapter(tiny_bert, tmp_path_factory.mktemp("pristine") / "news", rank=4, targets=ALL_LINEAR)
+
+
+@pytest.fixture
+def folder(pristine: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pristine, tmp_path / "news"))
+
+
+def read(folder: Path, base: BaseSpec) -> Checkpoint:
+    return read_checkpoint(folder, base, max_bytes=1 << 30)
+
+
+def change_config(folder: Path, **fields: Any) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | fields))
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    change(tensors)
+    safetensors.torch.save_file(tensors, folder / WEIGHTS)
+
+
+def refusal(folder: Path, base: BaseSpec) -> AdapterRejected:
+    with pytest.raises(AdapterRejected) as caught:
+        read(folder, base)
+    assert str(folder.parent) not in caught.value.message, "a reason must not show the server's paths"
+    return caught.value
+
+
+def test_a_good_folder_is_read_whole(folder: Path, base: BaseSpec) -> None:
+    checkpoint = read(folder, base)
+    assert {w.site.name for w in checkpoint.sites} == {s.name for s in base.sites if not s.per_sequence}
+    assert set(checkpoint.params) == {"classifier.weight", "classifier.bias"}
+    assert checkpoint.card.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
+    assert all(w.scaling == 2.0 for w in checkpoint.sites)
+
+
+def test_the_digest_changes_with_any_file_that_counts_and_with_nothing_else(folder: Path, base: BaseSpec) -> None:
+    first = read(folder, base).digest
+    (folder / "notes.txt").write_text("unrelated")
+    assert read(folder, base).digest == first
+    change_config(folder, lora_dropout=0.5)
+    assert read(folder, base).digest != first
+
+
+def test_the_image_holds_every_tensor_in_its_place(folder: Path, base: BaseSpec) -> None:
+    checkpoint = read(folder, base)
+    layout = plan_image(checkpoint, base.groups)
+    run = torch.full((layout.num_elements,), float("nan"))
+    write_image(checkpoint, layout, run)
+    for place, weights in zip(layout.sites, checkpoint.sites, strict=True):
+        a = run[place.a_offset : place.a_offset + weights.a.numel()].view_as(weights.a)
+        b = run[place.b_offset : place.b_offset + weights.b.numel()].view(weights.b.T.shape)
+        assert torch.equal(a, weights.a)
+        assert torch.equal(b, weights.b.T)
+    for name, view in head_views(layout, run).items():
+        assert torch.equal(view, checkpoint.params[name])
+
+
+REFUSED: dict[str, tuple[Callable[[Path], object], str, str]] = {
+    "pickle only": (lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"), "PICKLE", "can run code"),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), "WEIGHTS_MISSING", WEIGHTS),
+    "no config": (lambda f: (f / CONFIG).unlink(), "CONFIG_MISSING", CONFIG),
+    "config not JSON": (lambda f: (f / CONFIG).write_text("{r: 8"), "JSON_INVALID", CONFIG),
+    "config a list": (lambda f: (f / CONFIG).write_text("[1]"), "JSON_INVALID", "not an object"),
+    "config in Latin-1": (lambda f: (f / CONFIG).write_bytes(b'{"r": "\xe9"}'), "JSON_INVALID", CONFIG),
+    "another method": (lambda f: change_config(f, peft_type="IA3"), "NOT_LORA", "IA3"),
+    "rank zero": (lambda f: change_config(f, r=0), "CONFIG_INVALID", "field r"),
+    "alpha a word": (lambda f: change_config(f, lora_alpha="big"), "CONFIG_INVALID", "lora_alpha"),
+    "DoRA": (lambda f: change_config(f, use_dora=True), "FEATURE_UNSUPPORTED", "use_dora"),
+    "biases": (lambda f: change_config(f, bias="all"), "FEATURE_UNSUPPORTED", "bias"),
+    "PiSSA": (lambda f: change_config(f, init_lora_weights="pissa"), "FEATURE_UNSUPPORTED", "pissa"),
+    "another task": (lambda f: change_config(f, task_type="CAUSAL_LM"), "TASK_UNSUPPORTED", "CAUSAL_LM"),
+    "a broken pattern": (lambda f: change_config(f, rank_pattern={"(": 4}), "CONFIG_INVALID", "regular expression"),
+    "rank of the config wrong": (lambda f: change_config(f, r=5), "SHAPE_MISMATCH", "lora_A"),
+    "a NaN": (
+        lambda f: change_tensors(f, lambda t: t[f"{QUERY}.lora_A.weight"].view(-1)[3].fill_(float("nan"))),
+        "NOT_FINITE",
+        f"{QUERY}.lora_A.weight",
+    ),
+    "an infinity": (
+        lambda f: change_tensors(f, lambda t: t[f"{QUERY}.lora_B.weight"].view(-1)[0].fill_(float("inf"))),
+        "NOT_FINITE",
+        f"{QUERY}.lora_B.weight",
+    ),
+    "half of a pair": (
+        lambda f: change_tensors(f, lambda t: t.pop(f"{QUERY}.lora_B.weight")),
+        "MISSING_TENSOR",
+        f"{QUERY}.lora_B.weight",
+    ),
+    "wrong shape": (
+        lambda f: change_tensors(f, lambda t: t.update({f"{QUERY}.lora_A.weight": torch.ones(4, 35)})),
+        "SHAPE_MISMATCH",
+        "[4, 36] is needed",
+    ),
+    "one dimension": (
+        lambda f: change_tensors(f, lambda t: t.update({f"{QUERY}.lora_A.weight": torch.ones(4)})),
+        "SHAPE_MISMATCH",
+        "[4]",
+    ),
+    "integers": (
+        lambda f: change_tensors(
+            f, lambda t: t.update({f"{QUERY}.lora_A.weight": torch.ones(4, 36, dtype=torch.int8)})
+        ),
+        "DTYPE_UNSUPPORTED",
+        "I8",
+    ),
+    "no head": (
+        lambda f: change_tensors(f, lambda t: t.pop("base_model.model.classifier.weight")),
+        "HEAD_MISSING",
+        "classifier.weight",
+    ),
+    "half a head": (
+        lambda f: change_tensors(f, lambda t: t.pop("base_model.model.classifier.bias")),
+        "HEAD_MISSING",
+        "classifier.bias",
+    ),
+    "head of other width": (
+        lambda f: change_tensors(f, lambda t: t.update({"base_model.model.classifier.weight": torch.ones(3, 9)})),
+        "SHAPE_MISMATCH",
+        "classifier.weight",
+    ),
+    "head that disagrees": (
+        lambda f: change_tensors(f, lambda t: t.update({"base_model.model.classifier.bias": torch.ones(4)})),
+        "SHAPE_MISMATCH",
+        "disagree",
+    ),
+    "only a head": (
+        lambda f: change_tensors(f, lambda t: [t.pop(k) for k in list(t) if "lora" in k]),
+        "NO_LORA",
+        "adapts nothing",
+    ),
+    "a module of another base": (
+        lambda f: change_tensors(f, lambda t: t.update({f"{QUERY}2.lora_A.weight": torch.ones(4, 36)})),
+        "FOREIGN_BASE",
+        "no such module",
+    ),
+    "an embedding": (
+        lambda f: change_tensors(
+            f, lambda t: t.update({"base_model.model.bert.embeddings.word_embeddings.lora_A.weight": torch.ones(4, 36)})
+        ),
+        "SITE_UNSUPPORTED",
+        "word_embeddings",
+    ),
+    "a whole module": (
+        lambda f: change_tensors(
+            f, lambda t: t.update({"base_model.model.bert.embeddings.LayerNorm.weight": torch.ones(36)})
+        ),
+        "FEATURE_UNSUPPORTED",
+        "LayerNorm",
+    ),
+    "a key of nobody": (
+        lambda f: change_tensors(f, lambda t: t.update({"base_model.model.extra": torch.ones(1)})),
+        "UNEXPECTED_TENSOR",
+        "extra",
+    ),
+    "a foreign prefix": (
+        lambda f: change_tensors(f, lambda t: t.update({"model.extra": torch.ones(1)})),
+        "UNEXPECTED_TENSOR",
+        "PEFT",
+    ),
+    "empty weights": (lambda f: (f / WEIGHTS).write_bytes(b""), "WEIGHTS_CORRUPT", "cut short"),
+    "weights cut short": (
+        lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-40]),
+        "WEIGHTS_CORRUPT",
+        WEIGHTS,
+    ),
+    "a header that lies": (
+        lambda f: (f / WEIGHTS).write_bytes((1 << 60).to_bytes(8, "little") + b"{}"),
+        "WEIGHTS_CORRUPT",
+        "header",
+    ),
+    "text for weights": (lambda f: (f / WEIGHTS).write_text("version https://git-lfs"), "WEIGHTS_CORRUPT", "header"),
+    "metadata not valid": (
+        lambda f: (f / "multilora.json").write_text('{"task": "classify", "labels": []}'),
+        "METADATA_INVALID",
+        "labels",
+    ),
+    "metadata unknown": (
+        lambda f: (f / "multilora.json").write_text('{"task": "classify", "labels": ["a"], "surprise": 1}'),
+        "METADATA_INVALID",
+        "surprise",
+    ),
+    "labels repeat": (
+        lambda f: (f / "multilora.json").write_text('{"task": "classify", "labels": ["a", "a", "b"]}'),
+        "METADATA_INVALID",
+        "repeat",
+    ),
+    "labels too few": (
+        lambda f: (f / "multilora.json").write_text('{"task": "classify", "labels": ["a", "b"]}'),
+        "LABELS_MISMATCH",
+        "3 rows, but 2 labels",
+    ),
+    "digest of other weights": (
+        lambda f: (f / "multilora.json").write_text(
+            json.dumps({"task": "classify", "labels": ["a", "b", "c"], "digests": {WEIGHTS: "0" * 64}})
+        ),
+        "DIGEST_MISMATCH",
+        WEIGHTS,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_bad_folder_is_refused_with_its_reason(folder: Path, base: BaseSpec, case: str) -> None:
+    spoil, code, words = REFUSED[case]
+    spoil(folder)
+    error = refusal(folder, base)
+    assert error.code == code
+    assert words in error.message
+
+
+def test_a_link_out_of_the_folder_is_refused(folder: Path, base: BaseSpec, tmp_path: Path) -> None:
+    shutil.move(folder / WEIGHTS, tmp_path / "elsewhere")
+    os.symlink(tmp_path / "elsewhere", folder / WEIGHTS)
+    assert refusal(folder, base).code == "LINK_OUT_OF_FOLDER"
+
+
+def test_a_tensor_named_twice_is_refused(folder: Path, base: BaseSpec) -> None:
+    data = (folder / WEIGHTS).read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length].decode().rstrip()
+    key, entry = next((k, v) for k, v in json.loads(header).items() if k != "__metadata__")
+    doubled = (header[:-1] + f',"{key}":{json.dumps(entry)}' + "}").encode()
+    (folder / WEIGHTS).write_bytes(len(doubled).to_bytes(8, "little") + doubled + data[8 + length :])
+    error = refusal(folder, base)
+    assert (error.code, key in error.where) == ("DUPLICATE_TENSOR", True)
+
+
+def test_a_file_larger_than_the_arena_is_refused_before_it_is_read(folder: Path, base: BaseSpec) -> None:
+    with pytest.raises(AdapterRejected, match="give it more") as caught:
+        read_checkpoint(folder, base, max_bytes=1000)
+    assert caught.value.code == "TOO_LARGE"
+
+
+def test_a_foreign_base_is_told_by_its_weights(folder: Path, base: BaseSpec) -> None:
+    other = base.fingerprint.model_copy(update={"weights_sha256": "f" * 64})
+    metadata = AdapterMetadata(task=Task.CLASSIFY, labels=("a", "b", "c"), base=base.fingerprint)
+    metadata.write(folder)
+    assert read(folder, base).card.labels == ("a", "b", "c")
+    metadata.model_copy(update={"base": other}).write(folder)
+    error = refusal(folder, base)
+    assert error.code == "FOREIGN_BASE"
+    assert "weights_sha256 differs" in error.message
+
+
+def test_digests_of_the_metadata_are_verified(folder: Path, base: BaseSpec) -> None:
+    digests = {name: file_sha256(folder / name) for name in (WEIGHTS, CONFIG)}
+    AdapterMetadata(task=Task.CLASSIFY, labels=("a", "b", "c"), digests=digests).write(folder)
+    assert read(folder, base).card.labels == ("a", "b", "c")
+
+
+def test_labels_come_from_a_model_config_beside_the_adapter(folder: Path) -> None:
+    model_config = {"id2label": {"1": "two", "0": "one", "10": "three"}, "problem_type": "multi_label_classification"}
+    (folder / "config.json").write_text(json.dumps(model_config))
+    card = read_card(folder)
+    assert card.labels == ("one", "two", "three")
+    assert card.problem_type is ProblemType.MULTI_LABEL
+
+
+def test_unknown_config_fields_are_ignored_with_a_warning(
+    folder: Path, base: BaseSpec, caplog: pytest.LogCaptureFixture
+) -> None:
+    change_config(folder, from_the_future=1)
+    assert read(folder, base).sites
+    assert "from_the_future" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_floating_dtypes_are_read(folder: Path, base: BaseSpec, dtype: torch.dtype) -> None:
+    change_tensors(folder, lambda t: t.update({k: v.to(dtype) for k, v in t.items()}))
+    checkpoint = read(folder, base)
+    layout = plan_image(checkpoint, base.groups)
+    run = torch.zeros(layout.num_elements)
+    write_image(checkpoint, layout, run)
+    place = layout.sites[0]
+    assert torch.equal(run[place.a_offset : place.a_offset + 4 * 36], checkpoint.sites[0].a.float().view(-1))

@@ -1,0 +1,335 @@
+"""The engine's promises, with a fake model: one terminal reply each, isolation, no waiting for a loading adapter."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from lora_runtime.arena import RankArena, SlotTable
+from lora_runtime.engine import Engine, EngineSettings
+from lora_runtime.errors import (
+    AdapterAlreadyExists,
+    AdapterFailed,
+    AdapterNotFound,
+    AdapterRejected,
+    DeadlineExpired,
+    EngineStopped,
+    MultiloraError,
+    RequestCancelled,
+)
+from lora_runtime.types import (
+    AdapterId,
+    AdapterInfo,
+    AdapterState,
+    BatchStats,
+    Request,
+    Result,
+    Task,
+    TokenSequence,
+)
+from tests.fakes import WIDTH, FakeRunner, fake_spec
+
+
+def adapter_id(number: int, version: int = 1) -> AdapterId:
+    return AdapterId("default", f"a{number}", version)
+
+
+def save(folder: Path, number: int, rank: int = 2) -> Path:
+    """A folder whose answers are recognisable: logits are number, number + 0.5, plus the tokens of the text."""
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(f'{{"peft_type": "LORA", "r": {rank}, "lora_alpha": 4}}')
+    tensors = {f"base_model.model.fake.layer.q.lora_{w}.weight": torch.ones(s) for w, s in _shapes(rank)}
+    tensors["base_model.model.classifier.weight"] = torch.ones(2, WIDTH)
+    tensors["base_model.model.classifier.bias"] = torch.tensor([float(number), number + 0.5])
+    safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def _shapes(rank: int) -> list[tuple[str, tuple[int, int]]]:
+    return [("A", (rank, WIDTH)), ("B", (WIDTH, rank))]
+
+
+class Recorder:
+    """Keeps everything the engine tells."""
+
+    def __init__(self) -> None:
+        self.results: list[tuple[str, Result | MultiloraError]] = []
+        self.batches: list[BatchStats] = []
+
+    def on_batch(self, stats: BatchStats) -> None:
+        self.batches.append(stats)
+
+    def on_result(self, request: Request, result: Result | MultiloraError) -> None:
+        self.results.append((request.request_id, result))
+
+    def on_adapter(self, info: AdapterInfo) -> None:
+        pass
+
+
+class Rig:
+    def __init__(self, folder: Path, num_adapters: int = 3, arena_bytes: int = 1 << 20, **settings: int) -> None:
+        self.runner = FakeRunner()
+        spec = fake_spec()
+        slots = SlotTable(len(spec.sites), spec.groups)
+        self.recorder = Recorder()
+        self.engine = Engine(spec, self.runner, RankArena(arena_bytes), slots, EngineSettings(**settings))
+        self.engine.add_observer(self.recorder)
+        self.engine.start()
+        self.count = 0
+        for number in range(num_adapters):
+            self.engine.register(adapter_id(number), save(folder / f"a{number}", number)).result(5)
+
+    def request(self, number: int, lengths: tuple[int, ...] = (3,), deadline: float | None = None) -> Request:
+        self.count += 1
+        sequences = tuple(TokenSequence((1,) * n, None) for n in lengths)
+        return Request(f"r{self.count}", adapter_id(number), Task.CLASSIFY, sequences, deadline)
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Callable[..., Rig]]:
+    rigs: list[Rig] = []
+
+    def build(**settings: int) -> Rig:
+        rigs.append(Rig(tmp_path, **settings))
+        return rigs[-1]
+
+    yield build
+    for rig in rigs:
+        rig.runner.gate.set()
+        rig.engine.stop(1)
+
+
+def test_a_request_loads_its_adapter_on_first_use_and_is_answered_by_it(make: Callable[..., Rig]) -> None:
+    rig = make()
+    result = rig.engine.submit(rig.request(2, (3, 7))).result(5)
+    assert [output.logits for output in result.outputs] == [(5.0, 5.5), (9.0, 9.5)]
+    assert sum(result.outputs[0].scores) == pytest.approx(1)
+    assert result.adapter == adapter_id(2)
+    assert result.card.labels == ("LABEL_0", "LABEL_1")
+    assert result.timings.load_wait_s > 0
+    assert rig.engine.submit(rig.request(2)).result(5).timings.load_wait_s == 0
+
+
+def test_adapters_are_mixed_in_one_batch_with_rows_of_one_adapter_adjacent(make: Callable[..., Rig]) -> None:
+    rig = make()
+    for number in range(3):
+        rig.engine.load(adapter_id(number)).result(5)
+    rig.runner.gate.clear()
+    futures = [rig.engine.submit(rig.request(0))]
+    time.sleep(0.1)
+    futures += [rig.engine.submit(rig.request(n % 3, (2 + n % 2,))) for n in range(9)]
+    time.sleep(0.1)
+    rig.runner.gate.set()
+    for n, future in enumerate(futures[1:]):
+        assert future.result(5).outputs[0].logits[0] == n % 3 + 2 + n % 2
+    last = rig.runner.batches[-1]
+    slots = [row.slot for row in last]
+    assert len(last) == 9
+    assert sum(a != b for a, b in pairwise(slots)) == 2
+    assert rig.recorder.batches[-1].num_adapters == 3
+    assert rig.recorder.batches[-1].num_tokens == sum(row.sequence.num_tokens for row in last)
+
+
+def test_a_request_larger_than_the_budget_is_split_and_answered_in_order(make: Callable[..., Rig]) -> None:
+    rig = make(token_budget=64)
+    result = rig.engine.submit(rig.request(1, tuple(range(1, 41)))).result(5)
+    assert [output.logits[0] for output in result.outputs] == [1.0 + n for n in range(1, 41)]
+    assert len(rig.runner.batches) > 1
+    assert all(stats.num_tokens <= 64 for stats in rig.recorder.batches)
+
+
+def test_a_slow_load_does_not_delay_other_adapters(make: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_runtime.adapters import loader
+
+    rig = make()
+    rig.engine.load(adapter_id(0)).result(5)
+    release = threading.Event()
+    read = loader.read_checkpoint
+
+    def slow(*args: object) -> object:
+        release.wait(10)
+        return read(*args)  # pyright: ignore
+
+    monkeypatch.setattr(loader, "read_checkpoint", slow)
+    waiting = rig.engine.submit(rig.request(1))
+    for _ in range(20):
+        assert rig.engine.submit(rig.request(0)).result(1).outputs[0].logits[0] == 3.0
+    assert not waiting.done()
+    release.set()
+    assert waiting.result(5).outputs[0].logits[0] == 4.0
+
+
+def test_an_unknown_adapter_is_not_found_and_never_answered_by_another(make: Callable[..., Rig]) -> None:
+    rig = make()
+    with pytest.raises(AdapterNotFound, match="default/a9@1"):
+        rig.engine.submit(rig.request(9)).result(5)
+    with pytest.raises(AdapterNotFound):
+        rig.engine.load(adapter_id(0, version=2)).result(5)
+
+
+def test_a_refused_adapter_fails_its_requests_with_the_reason_and_nobody_elses(
+    make: Callable[..., Rig], tmp_path: Path
+) -> None:
+    rig = make()
+    (tmp_path / "a1" / "adapter_model.safetensors").write_bytes(b"nothing")
+    bad, good = rig.engine.submit(rig.request(1)), rig.engine.submit(rig.request(0))
+    with pytest.raises(AdapterFailed, match="cut short"):
+        bad.result(5)
+    assert good.result(5).outputs[0].logits[0] == 3.0
+    with pytest.raises(AdapterFailed):
+        rig.engine.submit(rig.request(1)).result(5)
+    import shutil
+
+    shutil.rmtree(tmp_path / "a1")
+    save(tmp_path / "a1", 1)
+    assert rig.engine.load(adapter_id(1)).result(5).state is AdapterState.READY
+
+
+def test_a_version_is_immutable(make: Callable[..., Rig], tmp_path: Path) -> None:
+    import shutil
+
+    rig = make()
+    with pytest.raises(AdapterAlreadyExists):
+        rig.engine.register(adapter_id(0), tmp_path / "a0").result(5)
+    rig.engine.load(adapter_id(0)).result(5)
+    rig.engine.unload(adapter_id(0)).result(5)
+    shutil.rmtree(tmp_path / "a0")
+    save(tmp_path / "a0", 50)
+    with pytest.raises(AdapterFailed, match="immutable"):
+        rig.engine.load(adapter_id(0)).result(5)
+
+
+def test_a_folder_with_bad_json_is_refused_or_kept_as_failed(make: Callable[..., Rig], tmp_path: Path) -> None:
+    rig = make()
+    save(tmp_path / "bad", 1)
+    (tmp_path / "bad" / "adapter_config.json").write_text("{")
+    bad = AdapterId("default", "bad", 1)
+    with pytest.raises(AdapterRejected, match="not valid JSON"):
+        rig.engine.register(bad, tmp_path / "bad").result(5)
+    with pytest.raises(AdapterNotFound):
+        rig.engine.catalogue.get(bad)
+    with pytest.raises(AdapterRejected):
+        rig.engine.register(bad, tmp_path / "bad", keep_failed=True).result(5)
+    assert rig.engine.catalogue.get(bad).state is AdapterState.FAILED
+
+
+def test_unload_frees_the_bytes_and_a_later_request_loads_again(make: Callable[..., Rig]) -> None:
+    rig = make()
+    resident = rig.engine.load(adapter_id(0)).result(5).resident_bytes
+    assert rig.engine.arena_used_bytes == resident > 0
+    assert rig.engine.unload(adapter_id(0)).result(5).freed_bytes == resident
+    assert rig.engine.arena_used_bytes == 0
+    assert rig.engine.unload(adapter_id(0)).result(5).freed_bytes == 0
+    assert rig.engine.submit(rig.request(0)).result(5).outputs[0].logits[0] == 3.0
+
+
+def test_more_adapters_than_fit_are_all_answered(make: Callable[..., Rig]) -> None:
+    """The arena holds two of six: idle ones make room."""
+    rig = make(num_adapters=6, arena_bytes=2 * 320)
+    futures = [(n % 6, rig.engine.submit(rig.request(n % 6))) for n in range(60)]
+    for number, future in futures:
+        assert future.result(10).outputs[0].logits[0] == number + 3.0
+    rig.engine.check_integrity().result(5)
+    assert rig.engine.arena_used_bytes <= 2 * 320
+
+
+def test_an_adapter_wider_than_the_arena_is_refused_with_the_sizes(make: Callable[..., Rig]) -> None:
+    rig = make(num_adapters=1, arena_bytes=128)
+    with pytest.raises(AdapterFailed, match="give it more"):
+        rig.engine.submit(rig.request(0)).result(5)
+
+
+def test_a_failing_batch_fails_its_requests_and_the_engine_goes_on(make: Callable[..., Rig]) -> None:
+    rig = make()
+    rig.engine.load(adapter_id(0)).result(5)
+    rig.runner.fail_next = RuntimeError("out of memory with the text of a request")
+    with pytest.raises(MultiloraError) as caught:
+        rig.engine.submit(rig.request(0)).result(5)
+    assert "text of a request" not in caught.value.message
+    assert rig.engine.submit(rig.request(0)).result(5).outputs
+
+
+def test_a_cancelled_request_is_answered_once_and_runs_in_no_batch(make: Callable[..., Rig]) -> None:
+    rig = make()
+    rig.engine.load(adapter_id(0)).result(5)
+    rig.runner.gate.clear()
+    first = rig.engine.submit(rig.request(0))
+    time.sleep(0.1)
+    request = rig.request(0, (5,))
+    second = rig.engine.submit(request)
+    rig.engine.cancel(request.request_id)
+    rig.engine.cancel("never heard of")
+    rig.runner.gate.set()
+    assert first.result(5)
+    with pytest.raises(RequestCancelled):
+        second.result(5)
+    assert rig.engine.submit(rig.request(0)).result(5)
+    assert all(row.sequence.num_tokens == 3 for batch in rig.runner.batches for row in batch)
+    assert [i for i, _ in rig.recorder.results].count(request.request_id) == 1
+
+
+def test_a_passed_deadline_is_answered_without_a_forward_pass(make: Callable[..., Rig]) -> None:
+    rig = make()
+    rig.engine.load(adapter_id(0)).result(5)
+    rig.runner.gate.clear()
+    first = rig.engine.submit(rig.request(0))
+    time.sleep(0.1)
+    late = rig.engine.submit(rig.request(0, (9,), deadline=time.monotonic() + 0.05))
+    time.sleep(0.1)
+    rig.runner.gate.set()
+    assert first.result(5)
+    with pytest.raises(DeadlineExpired):
+        late.result(5)
+    assert all(row.sequence.num_tokens == 3 for batch in rig.runner.batches for row in batch)
+
+
+def test_stop_answers_what_was_admitted_and_refuses_what_comes_later(make: Callable[..., Rig]) -> None:
+    rig = make()
+    futures = [rig.engine.submit(rig.request(n % 3)) for n in range(30)]
+    rig.engine.stop(5)
+    assert all(future.result(0) for future in futures)
+    with pytest.raises(EngineStopped):
+        rig.engine.submit(rig.request(0)).result(1)
+    with pytest.raises(EngineStopped):
+        rig.engine.load(adapter_id(0)).result(1)
+
+
+def test_loads_and_unloads_in_a_loop_while_clients_ask_lose_nothing(make: Callable[..., Rig]) -> None:
+    rig = make(num_adapters=8)
+    stop = threading.Event()
+    wrong: list[object] = []
+
+    def client(seed: int) -> None:
+        for n in range(60):
+            number = (seed + n * 5) % 8
+            try:
+                result = rig.engine.submit(rig.request(number, (1 + n % 5,))).result(20)
+                if result.outputs[0].logits[0] != number + 1 + n % 5:
+                    wrong.append((number, result))
+            except Exception as error:  # noqa: BLE001  the test reports any failure
+                wrong.append(error)
+
+    def churn() -> None:
+        while not stop.is_set():
+            for number in range(8):
+                rig.engine.unload(adapter_id(number))
+                rig.engine.load(adapter_id(number))
+            rig.engine.check_integrity().result(5)
+
+    clients = [threading.Thread(target=client, args=(seed,)) for seed in range(16)]
+    churner = threading.Thread(target=churn)
+    for thread in [*clients, churner]:
+        thread.start()
+    for thread in clients:
+        thread.join()
+    stop.set()
+    churner.join()
+    assert not wrong
+    assert len(rig.recorder.results) == 16 * 60, "each request has exactly one terminal reply"
