@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,6 +149,14 @@ class Engine:
     def unload(self, adapter: AdapterId) -> Future[Unloaded]:
         """Free an adapter's memory between two steps. Requests that still come load it again."""
         return self._mailbox.ask(lambda future: self._residency.unload(adapter, future))
+
+    def hold(self, adapters: Sequence[AdapterId]) -> dict[AdapterId, Resident]:
+        """Hold READY adapters for code that drives the runner itself; they stay in memory until the engine stops."""
+
+        def acquire(future: Future[dict[AdapterId, Resident]]) -> None:
+            future.set_result({adapter: self._residency.acquire(adapter) for adapter in adapters})
+
+        return self._mailbox.ask(acquire).result()
 
     def check_integrity(self) -> Future[None]:
         """Check arena, slots and records between two steps; the future carries the AssertionError."""

@@ -1,0 +1,1 @@
+"""The gRPC server: transport, admission and metrics around `lora_runtime`."""

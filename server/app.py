@@ -1,0 +1,221 @@
+"""The object graph of a server and its life: listen, load, serve, drain, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+from grpc import aio
+from grpc_health.v1 import health
+from grpc_reflection.v1alpha import reflection
+
+from lora_runtime.types import DEFAULT_TENANT, AdapterInfo, AdapterState
+from server.admission import Admission
+from server.backend import Backend, BackendSlot, completion
+from server.metrics import EngineMetrics, MetricsEndpoint, ServerMetrics
+from server.pb.multilora.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
+from server.rpc.adapters import AdapterService
+from server.rpc.health import Health
+from server.rpc.inference import InferenceService
+from server.rpc.interceptors import RpcInterceptor
+from server.settings import MIB, ServeSettings
+from server.startup import BackendFactory, StartupError, load_runtime, prepare_backend
+from server.tokenize import TokenizerPool
+
+SERVICES: tuple[str, ...] = (
+    inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
+    adapters_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
+)
+# By then no RPC is left, so the engine has at most one batch to finish.
+_ENGINE_DRAIN_S = 1.0
+
+_log = logging.getLogger(__name__)
+
+
+class App:
+    """One server. `run` is its whole life; tests give it a factory of fake backends."""
+
+    def __init__(self, settings: ServeSettings, factory: BackendFactory = load_runtime) -> None:
+        self._settings = settings
+        self._factory = factory
+        self._slot = BackendSlot()
+        self._backend: Backend | None = None
+        self._loading: Future[Backend] | None = None
+        self._metrics = ServerMetrics()
+        self._admission = Admission(settings.max_queued_sequences)
+        self._tokenizers = TokenizerPool(settings.tokenizer_threads)
+        self._health = Health(SERVICES)
+        self._server: aio.Server | None = None
+        self._endpoint: MetricsEndpoint | None = None
+        self.port = settings.port
+
+    @property
+    def metrics_port(self) -> int:
+        return self._settings.metrics_port if self._endpoint is None else self._endpoint.port
+
+    async def run(self, stop: asyncio.Event, announce: Callable[[str], None]) -> None:
+        """Serve until `stop` is set; `announce` gets the text for people when requests are answered.
+
+        Raises StartupError when an address is taken, the base cannot be served or a preload fails.
+        """
+        try:
+            await self.listen()
+            if await self.load(stop):
+                announce(self.summary())
+                await stop.wait()
+                _log.info("stopping; requests in flight have %g seconds", self._settings.grace)
+        finally:
+            await self.close()
+
+    async def listen(self) -> None:
+        """Answer health (NOT_SERVING) and metrics; other RPCs are UNAVAILABLE until `load` is done."""
+        settings = self._settings
+        self._metrics.set_arena_capacity(settings.arena_mib * MIB)
+        self._metrics.watch_admission(self._admission.max_sequences, lambda: self._admission.num_sequences)
+        # checked first: a failed bind of gRPC's own prints its internals
+        _require_free_port("--port", settings.host, settings.port)
+        try:
+            self._endpoint = MetricsEndpoint(self._metrics, settings.host, settings.metrics_port)
+        except OSError as error:
+            raise _cannot_listen("--metrics-port", settings.host, settings.metrics_port, error) from error
+        self._server = self._build_server()
+        address = _address(settings.host, settings.port)
+        try:
+            self.port = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise StartupError(f"--port: cannot listen on {address}; choose another address") from error
+        await self._health.attach(self._server)
+        await self._server.start()
+
+    async def load(self, stop: asyncio.Event) -> bool:
+        """Load base and preloads, then serve. False when `stop` was set meanwhile."""
+        observer = EngineMetrics(self._metrics)
+        self._loading = _in_daemon_thread(lambda: prepare_backend(self._settings, self._factory, observer))
+        loaded = asyncio.ensure_future(completion(self._loading))
+        stopped = asyncio.ensure_future(stop.wait())
+        await asyncio.wait({loaded, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if not loaded.done():
+            loaded.cancel()
+            return False
+        self._backend = loaded.result()
+        self._slot.publish(self._backend)
+        await self._health.serve()
+        return True
+
+    async def close(self) -> None:
+        """Report NOT_SERVING, give requests in flight `grace` seconds, then stop. Safe at any stage."""
+        await self._health.drain()
+        if self._server is not None:
+            if self._backend is not None:
+                await asyncio.sleep(self._settings.drain_delay)
+            await self._server.stop(self._settings.grace)
+        self._slot.withdraw()
+        backend = self._backend or await self._late_backend()
+        if backend is not None:
+            await asyncio.to_thread(backend.close, _ENGINE_DRAIN_S)
+        self._tokenizers.close()
+        if self._endpoint is not None:
+            await asyncio.to_thread(self._endpoint.close)
+
+    def summary(self) -> str:
+        """What people read when the server is up."""
+        assert self._backend is not None, "there is nothing to announce before the backend is loaded"
+        adapters = self._backend.engine.catalogue.list(DEFAULT_TENANT)
+        return "\n".join(
+            (
+                "multilora is serving",
+                f"  gRPC      {_address(self._settings.host, self.port)}",
+                f"  metrics   http://{_address(self._settings.host, self.metrics_port)}/metrics",
+                f"  base      {self._backend.base_name}",
+                f"  adapters  {_census(adapters)}",
+            )
+        )
+
+    def _build_server(self) -> aio.Server:
+        limit = self._settings.max_message_mib * MIB
+        server = aio.server(
+            interceptors=[RpcInterceptor(self._metrics)],
+            options=[
+                ("grpc.so_reuseport", 0),  # a second server on the port must fail, not take half of the calls
+                ("grpc.max_receive_message_length", limit),
+                ("grpc.keepalive_time_ms", 60_000),  # notices clients that vanished behind a NAT
+                ("grpc.keepalive_timeout_ms", 20_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # clients may ping as often
+            ],
+        )
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(
+            InferenceService(
+                self._slot,
+                self._admission,
+                self._tokenizers,
+                self._metrics,
+                max_inputs=self._settings.max_inputs,
+            ),
+            server,
+        )
+        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(
+            AdapterService(self._slot, self._settings.adapters), server
+        )
+        reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        return server
+
+    async def _late_backend(self) -> Backend | None:
+        """The backend of a load that the stop overtook, if it arrives within `grace` seconds.
+
+        Loading a base cannot be interrupted; its thread is a daemon and does not keep the process.
+        """
+        if self._loading is None:
+            return None
+        try:
+            return await asyncio.wait_for(completion(self._loading), self._settings.grace)
+        except TimeoutError:
+            return None
+        except Exception as error:  # noqa: BLE001 - `load` has raised it, or nobody needs the base any more
+            _log.debug("nothing to close: %s", error)
+            return None
+
+
+def _census(adapters: Sequence[AdapterInfo]) -> str:
+    ready = sum(info.state is AdapterState.READY for info in adapters)
+    failed = sum(info.state is AdapterState.FAILED for info in adapters)
+    return f"{len(adapters)} registered, {ready} loaded" + (f", {failed} refused (see the log)" if failed else "")
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _require_free_port(flag: str, host: str, port: int) -> None:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what waits in TIME_WAIT does not listen
+            probe.bind(address)
+    except OSError as error:
+        raise _cannot_listen(flag, host, port, error) from error
+
+
+def _cannot_listen(flag: str, host: str, port: int, error: OSError) -> StartupError:
+    if error.errno == errno.EADDRINUSE:
+        return StartupError(f"{flag}: {_address(host, port)} is in use; stop what listens there or choose another port")
+    return StartupError(f"{flag}: cannot listen on {_address(host, port)} ({error.strerror})")
+
+
+def _in_daemon_thread(work: Callable[[], Backend]) -> Future[Backend]:
+    future: Future[Backend] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - whoever waits for the future raises it
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="load-base", daemon=True).start()
+    return future

@@ -1,0 +1,129 @@
+"""What the server needs of a runtime, as protocols, and the slot in which RPCs find it.
+
+`lora_runtime.runtime.Runtime` is the implementation. It is imported only when a base is loaded, so that the
+command line answers at once; tests put a fake in its place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from lora_runtime.errors import EngineStopped, MultiloraError
+from lora_runtime.types import AdapterId, AdapterInfo, AdapterRef, BatchStats, Request, Result, TokenSequence
+
+if TYPE_CHECKING:  # brings torch
+    from lora_runtime.residency import Unloaded
+
+T = TypeVar("T")
+
+
+class EngineObserver(Protocol):
+    """Told of every step, from the engine's thread; must be quick and must not raise."""
+
+    def on_batch(self, stats: BatchStats) -> None: ...
+
+    def on_result(self, request: Request, result: Result | MultiloraError) -> None: ...
+
+    def on_adapter(self, info: AdapterInfo) -> None: ...
+
+
+class Catalogue(Protocol):
+    """An immutable snapshot of the registered adapters; safe from any thread."""
+
+    def resolve(self, ref: AdapterRef) -> AdapterInfo: ...
+
+    def list(self, tenant: str) -> Sequence[AdapterInfo]: ...
+
+    def versions(self, tenant: str, name: str) -> Sequence[int]: ...
+
+
+class Engine(Protocol):
+    """The engine's thread as callers see it: nothing here blocks, and failures arrive in the futures."""
+
+    def submit(self, request: Request) -> Future[Result]: ...
+
+    def cancel(self, request_id: str) -> None: ...
+
+    def register(self, adapter: AdapterId, path: Path, *, keep_failed: bool = False) -> Future[AdapterInfo]: ...
+
+    def load(self, adapter: AdapterId) -> Future[AdapterInfo]: ...
+
+    def unload(self, adapter: AdapterId) -> Future[Unloaded]: ...
+
+    def add_observer(self, observer: EngineObserver) -> None: ...
+
+    @property
+    def catalogue(self) -> Catalogue: ...
+
+
+class TextEncoder(Protocol):
+    """The base's tokenizer; thread-safe."""
+
+    def encode(
+        self, inputs: Sequence[tuple[str, str | None]], *, max_length: int | None, truncate: bool
+    ) -> tuple[TokenSequence, ...]: ...
+
+
+class Backend(Protocol):
+    """A base in memory with its engine running."""
+
+    @property
+    def engine(self) -> Engine: ...
+
+    @property
+    def encoder(self) -> TextEncoder: ...
+
+    @property
+    def base_name(self) -> str: ...
+
+    def close(self, drain_seconds: float = 10.0) -> None: ...
+
+
+class ServerStarting(MultiloraError):
+    """The base, or an adapter to be preloaded, is still being loaded."""
+
+    reason = "SERVER_STARTING"
+
+
+class BackendSlot:
+    """Where RPCs find the backend: empty while it is loaded, and again once the server stops."""
+
+    def __init__(self) -> None:
+        self._backend: Backend | None = None
+        self._stopped = False
+
+    def publish(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def withdraw(self) -> None:
+        self._backend, self._stopped = None, True
+
+    def get(self) -> Backend:
+        """The backend; raises ServerStarting before `publish` and EngineStopped after `withdraw`."""
+        if self._backend is not None:
+            return self._backend
+        if self._stopped:
+            raise EngineStopped("the server is stopping; ask another replica")
+        raise ServerStarting("the server is still loading its base model; try again in a few seconds")
+
+
+async def completion(future: Future[T]) -> T:
+    """The result of an engine's future.
+
+    Unlike `asyncio.wrap_future`, a cancelled waiter does not cancel the engine's future: only the engine
+    completes it, so that it never finds it done already.
+    """
+    loop = asyncio.get_running_loop()
+    done = asyncio.Event()
+
+    def wake(_: Future[T]) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(done.set)
+
+    future.add_done_callback(wake)
+    await done.wait()
+    return future.result()

@@ -1,0 +1,1 @@
+"""Benchmarks that check their outputs before they print a speed."""

@@ -1,0 +1,128 @@
+"""The command line: `serve` here, other commands in modules of their own, imported when they are called."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import logging
+import os
+import signal
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+from typer.main import get_command
+
+from server.settings import ServeSettings, SettingsError, flag_of, resolve_settings, variable_of
+
+# command → where its typer app lives; each brings its own dependencies, which `serve` must not pay for
+LAZY_COMMANDS = {
+    "train": "server.cli_train:train_app",
+    "bench": "server.cli_bench:bench_app",
+    "demo": "server.cli_demo:demo_app",
+}
+
+
+class LazyGroup(TyperGroup):
+    """Imports the commands of LAZY_COMMANDS when they are used or listed."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *LAZY_COMMANDS]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in LAZY_COMMANDS:
+            return super().get_command(ctx, cmd_name)
+        module, _, attribute = LAZY_COMMANDS[cmd_name].partition(":")
+        command = get_command(getattr(importlib.import_module(module), attribute))
+        command.name = cmd_name
+        return command
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    help="One resident base model, many LoRA adapters, one gRPC server.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def main() -> None:
+    """Keeps `serve` a sub-command while it is the only one defined here."""
+
+
+def _flag(setting: str) -> Any:
+    """The option of one setting; its help, default and variable come from the setting itself."""
+    field = ServeSettings.model_fields[setting]
+    default = "" if field.is_required() or field.default in (None, ()) else f" Default: {field.default}."
+    return typer.Option(flag_of(setting), help=f"{field.description}{default} [{variable_of(setting)}]")
+
+
+@app.command()
+def serve(
+    base: Annotated[str | None, _flag("base")] = None,
+    adapters: Annotated[Path | None, _flag("adapters")] = None,
+    host: Annotated[str | None, _flag("host")] = None,
+    port: Annotated[int | None, _flag("port")] = None,
+    metrics_port: Annotated[int | None, _flag("metrics_port")] = None,
+    preload: Annotated[str | None, _flag("preload")] = None,
+    threads: Annotated[int | None, _flag("threads")] = None,
+    tokenizer_threads: Annotated[int | None, _flag("tokenizer_threads")] = None,
+    loader_threads: Annotated[int | None, _flag("loader_threads")] = None,
+    arena_mib: Annotated[int | None, _flag("arena_mib")] = None,
+    token_budget: Annotated[int | None, _flag("token_budget")] = None,
+    max_batch_sequences: Annotated[int | None, _flag("max_batch_sequences")] = None,
+    max_inputs: Annotated[int | None, _flag("max_inputs")] = None,
+    max_queued_sequences: Annotated[int | None, _flag("max_queued_sequences")] = None,
+    max_message_mib: Annotated[int | None, _flag("max_message_mib")] = None,
+    grace: Annotated[float | None, _flag("grace")] = None,
+    drain_delay: Annotated[float | None, _flag("drain_delay")] = None,
+    log_level: Annotated[str | None, _flag("log_level")] = None,
+) -> None:
+    """Serve a folder of adapters over gRPC, all from one base model.
+
+    Each flag can also be set by the variable named with it; a flag wins over its variable.
+    """
+    flags = dict(locals())
+    try:
+        settings = resolve_settings(flags, os.environ)
+    except SettingsError as error:
+        typer.echo(f"multilora serve: {error}", err=True)
+        raise typer.Exit(2) from error
+    raise typer.Exit(run_server(settings))
+
+
+def run_server(settings: ServeSettings) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit code."""
+    # imported here: gRPC's start-up is not for `--help`
+    from server.app import App
+    from server.startup import StartupError
+
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+    )
+
+    async def serve_until_signal() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def begin_stop() -> None:
+            # a second signal then has its usual effect: the process ends at once
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+            stop.set()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, begin_stop)
+        await App(settings).run(stop, typer.echo)
+
+    try:
+        asyncio.run(serve_until_signal())
+    except StartupError as error:
+        typer.echo(f"multilora serve: {error}", err=True)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0

@@ -1,0 +1,1 @@
+"""The packaged demo: three small real data sets, three adapters, one server."""

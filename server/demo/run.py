@@ -1,0 +1,134 @@
+"""The whole demo: train, serve, load while it runs, ask, measure, show."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from lora_runtime.batch import Row
+from lora_runtime.runtime import Runtime, RuntimeSettings
+from lora_runtime.types import Task
+from server.bench.measure import OutputsDiffer, Spread, interleave, largest_difference, ratio
+from server.bench.packed import run_packed
+from server.demo.process import ServerProcess
+from server.demo.samples import SAMPLE_NAMES, load_sample
+from server.demo.show import print_calls, print_table
+from server.demo.traffic import Stream, classify, load_adapter, mixed_stream
+from server.demo.training import Trained, accuracy, settings_for, train
+from server.train_progress import TrainProgress
+
+TOKEN_BUDGET = 2048
+TOLERANCE = 1e-4  # absolute, on logits in fp32
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """One adapter behind the server."""
+
+    trained: Trained
+    accuracy: float  # of the held-out rows, over gRPC
+    load_seconds: float
+    answers: list[str]
+
+
+def run_demo(
+    base: str, folder: Path, threads: int, stream_seconds: float, port: int | None, keep: bool, console: Console
+) -> None:
+    """Everything is written under `folder`. With `keep`, returns when the server is stopped by hand."""
+    console.rule("1. train three adapters on one base, each with labels of its own")
+    trained = [_train(name, base, folder, threads, console) for name in SAMPLE_NAMES]
+    console.rule("2. start the server, without adapters")
+    root = folder / "adapters"
+    root.mkdir()
+    with ExitStack() as stack:
+        server = stack.enter_context(ServerProcess(base, root, threads, port))
+        console.print(f"multilora serve is SERVING on {server.target}, metrics on {server.metrics_url}")
+        console.rule("3. load the adapters over gRPC while it runs, and ask each for its held-out rows")
+        served = [asyncio.run(_serve(server, item, root, console)) for item in trained]
+        console.rule(f"4. a mixed stream for {stream_seconds:.0f} seconds, a text per request")
+        stream = asyncio.run(_stream(server, served, stream_seconds))
+        if stream.wrong:
+            raise OutputsDiffer(f"{stream.wrong} answers of the mixed stream differ from the adapter's own")
+        if not keep:
+            stack.close()  # the ratio is measured with the machine to itself
+        console.rule("5. the same texts in this process: mixed batches against the base alone")
+        share = _measure_base_share(base, served, threads)
+        print_table(console, served, stream, share)
+        print_calls(console, server.target, served[0].trained.name, server.metrics_url, keep)
+        if keep:
+            _wait(server, console)
+
+
+def _train(name: str, base: str, folder: Path, threads: int, console: Console) -> Trained:
+    sample = load_sample(name)
+    settings = settings_for(sample, base, folder, threads)
+    console.print(f"[bold]{name}[/]")
+    with TrainProgress(console, settings) as progress:
+        return train(sample, settings, progress)
+
+
+async def _serve(server: ServerProcess, item: Trained, root: Path, console: Console) -> Served:
+    shutil.move(item.report.out, root / item.name)
+    seconds = await load_adapter(server.target, item.name)
+    answers = await classify(server.target, item.name, [row.text for row in item.sample.test])
+    right = accuracy(answers, [row.label for row in item.sample.test])
+    console.print(f"{item.name}: loaded in {1000 * seconds:.0f} ms, {len(item.sample.labels)} labels")
+    return Served(item, right, seconds, answers)
+
+
+async def _stream(server: ServerProcess, served: list[Served], seconds: float) -> Stream:
+    work = {
+        item.trained.name: [
+            (row.text, answer) for row, answer in zip(item.trained.sample.test, item.answers, strict=True)
+        ]
+        for item in served
+    }
+    return await mixed_stream(server.target, server.metrics_url, work, seconds)
+
+
+def _measure_base_share(base: str, served: list[Served], threads: int) -> Spread:
+    """Throughput of mixed batches over that of the same texts with LoRA off and one head."""
+    torch.set_num_threads(threads)
+    with Runtime(base, RuntimeSettings(token_budget=TOKEN_BUDGET, num_threads=threads)) as runtime:
+        root = served[0].trained.report.out.parent / "adapters"
+        mixed: list[Row] = []
+        for item in served:
+            adapter = runtime.load(root / item.trained.name).id
+            resident = runtime.engine.hold([adapter])[adapter]
+            texts = [(row.text, None) for row in item.trained.sample.test]
+            sequences = runtime.encoder.encode(texts, max_length=resident.card.max_length, truncate=True)
+            mixed += [Row(sequence, resident.slot, Task.CLASSIFY, resident.params) for sequence in sequences]
+        # texts of different adapters in turn, as they would arrive
+        mixed = [row for start in range(100) for row in mixed[start::100]]
+        plain = [Row(row.sequence, task=Task.CLASSIFY, params=mixed[0].params) for row in mixed]
+        alone = [runtime.runner.run([row])[0] for row in mixed]
+        error = largest_difference(run_packed(runtime, mixed, TOKEN_BUDGET), alone)
+        if not error <= TOLERANCE:
+            raise OutputsDiffer(f"a mixed batch differs from the same texts alone by {error:.1e}")
+        turns: dict[str, Callable[[], object]] = {
+            "mixed": lambda: run_packed(runtime, mixed, TOKEN_BUDGET),
+            "base": lambda: run_packed(runtime, plain, TOKEN_BUDGET),
+        }
+        return ratio(interleave(turns, 5, lambda _: None), "mixed", "base")
+
+
+def _wait(server: ServerProcess, console: Console) -> None:
+    console.print("the server keeps running; stop it with Ctrl-C")
+    try:
+        code = server.wait()
+        console.print(f"the server ended with exit code {code}")
+    except KeyboardInterrupt:
+        console.print("stopping the server")
+
+
+def default_threads() -> int:
+    """As many as there are cores, and no more than eight: the texts are short."""
+    return min(os.cpu_count() or 1, 8)

@@ -1,0 +1,1 @@
+"""RPCs: proto messages to runtime types and back, and nothing else."""

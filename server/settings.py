@@ -1,0 +1,130 @@
+"""Settings of `multilora serve`: flags, else `MULTILORA_*` variables, else defaults; resolved once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from lora_runtime.errors import InvalidRequest
+from lora_runtime.types import AdapterRef
+
+ENV_PREFIX = "MULTILORA_"
+MIB = 1 << 20
+_Port = Annotated[int, Field(ge=0, le=65535)]
+_Count = Annotated[int, Field(ge=1)]
+_Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class SettingsError(Exception):
+    """A setting is missing or wrong; the message names the flag, the value's fault and the variable."""
+
+
+class ServeSettings(BaseModel):
+    """Everything `serve` can be told. A field's description is the help of its flag."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base: str = Field(min_length=1, description="The base model: a folder, or a name on the Hugging Face hub.")
+    adapters: Path = Field(description="Folder whose sub-folders are adapters; each is registered as NAME@1.")
+    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on, for gRPC and for metrics.")
+    port: _Port = Field(50051, description="gRPC port; 0 takes any free one.")
+    metrics_port: _Port = Field(9090, description="HTTP port of /metrics; 0 takes any free one.")
+    preload: tuple[str, ...] = Field((), description="Adapters to load before serving, separated by commas.")
+    threads: _Count | None = Field(
+        None, description="Threads of one forward pass. Default: as many as torch finds cores."
+    )
+    tokenizer_threads: _Count = Field(2, description="Threads that tokenise.")
+    loader_threads: _Count = Field(1, description="Threads that read and validate adapters.")
+    arena_mib: _Count = Field(512, description="MiB of device memory for adapters.")
+    token_budget: _Count = Field(2048, description="Most tokens in one batch.")
+    max_batch_sequences: _Count = Field(256, description="Most sequences in one batch.")
+    max_inputs: _Count = Field(256, description="Most inputs in one request.")
+    max_queued_sequences: _Count = Field(
+        4096, description="Most sequences inside the server; more is refused at once with RESOURCE_EXHAUSTED."
+    )
+    max_message_mib: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="MiB of the largest request.")
+    grace: _Seconds = Field(10.0, description="Seconds that requests in flight get to finish after SIGTERM.")
+    drain_delay: _Seconds = Field(
+        0.0, description="Seconds between reporting NOT_SERVING and refusing requests, for routers to notice."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
+
+    @field_validator("preload", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("preload")
+    @classmethod
+    def _are_references(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for reference in value:
+            try:
+                AdapterRef.parse(reference)
+            except InvalidRequest as error:
+                raise ValueError(error.description) from error
+        return value
+
+    @field_validator("adapters")
+    @classmethod
+    def _is_a_folder(cls, value: Path) -> Path:
+        if not value.is_dir():
+            raise ValueError(f"{value} is not a folder")
+        return value
+
+    @model_validator(mode="after")
+    def _largest_request_is_admissible(self) -> ServeSettings:
+        if self.max_inputs > self.max_queued_sequences:
+            raise ValueError(
+                f"--max-queued-sequences {self.max_queued_sequences} is less than --max-inputs "
+                f"{self.max_inputs}: the largest request could never be admitted"
+            )
+        return self
+
+
+def variable_of(setting: str) -> str:
+    """The environment variable of a setting."""
+    return ENV_PREFIX + setting.upper()
+
+
+def flag_of(setting: str) -> str:
+    """The command-line flag of a setting."""
+    return "--" + setting.replace("_", "-")
+
+
+def resolve_settings(flags: Mapping[str, Any], environ: Mapping[str, str]) -> ServeSettings:
+    """Settings from flags (None: not given) and variables (empty: not set).
+
+    Raises SettingsError with one readable line per fault.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    variables = {
+        name: value
+        for name in ServeSettings.model_fields
+        if name not in given and (value := environ.get(variable_of(name)))
+    }
+    try:
+        return ServeSettings.model_validate({**variables, **given})
+    except ValidationError as error:
+        raise SettingsError(_describe(error, from_environment=set(variables))) from error
+
+
+def _describe(error: ValidationError, from_environment: set[str]) -> str:
+    """One line per fault: the place it was set, and what is wrong with it."""
+    lines: list[str] = []
+    for fault in error.errors(include_url=False, include_context=False):
+        message = fault["msg"].removeprefix("Value error, ")
+        if not fault["loc"]:
+            lines.append(message)
+            continue
+        name = str(fault["loc"][0])
+        if fault["type"] == "missing":
+            lines.append(f"{flag_of(name)} is required (or {variable_of(name)})")
+        else:
+            place = variable_of(name) if name in from_environment else flag_of(name)
+            lines.append(f"{place}: {message}")
+    return "\n".join(lines)

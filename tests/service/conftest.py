@@ -1,0 +1,31 @@
+"""A folder of fake adapters and a server over it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+import pytest
+
+from tests.service.fake_runtime import write_adapter
+from tests.service.harness import Harness, running
+
+
+@pytest.fixture
+def adapter_root(tmp_path: Path) -> Path:
+    """Adapters `spam` (2 labels), `topics` (4), `short` (at most 6 tokens) and two that are refused."""
+    root = tmp_path / "adapters"
+    write_adapter(root / "spam", labels=["ham", "spam"])
+    write_adapter(root / "topics", labels=["art", "law", "sport", "tech"])
+    write_adapter(root / "short", labels=["no", "yes"], max_length=6)
+    write_adapter(root / "nan", labels=["no", "yes"], weights="broken")
+    (root / "garbled").mkdir()
+    (root / "garbled" / "adapter_config.json").write_text("{not json")
+    (root / "notes").mkdir()  # no adapter_config.json: not an adapter
+    return root
+
+
+@pytest.fixture
+async def server(adapter_root: Path) -> AsyncGenerator[Harness]:
+    async with running(adapter_root, max_inputs=8, max_queued_sequences=8) as harness:
+        yield harness
