@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -46,6 +46,7 @@ from lora_runtime.types import (
 )
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _SWEEP_S = 0.05  # how late a deadline may be noticed while the request waits for its adapter
 _IDLE_WAIT_S = 0.05
@@ -152,20 +153,26 @@ class Engine:
 
     def hold(self, adapters: Sequence[AdapterId]) -> dict[AdapterId, Resident]:
         """Hold READY adapters for code that drives the runner itself; they stay in memory until the engine stops."""
+        return self.call(lambda: {adapter: self._residency.acquire(adapter) for adapter in adapters})
 
-        def acquire(future: Future[dict[AdapterId, Resident]]) -> None:
-            future.set_result({adapter: self._residency.acquire(adapter) for adapter in adapters})
+    def call(self, action: Callable[[], T]) -> T:
+        """Run `action` in the engine's thread, between two steps, and wait for what it returns or raises.
 
-        return self._mailbox.ask(acquire).result()
+        Code that drives the runner itself belongs there: compute in a second thread has a second team of OpenMP
+        threads, and both are slow where they are more than the cores.
+        """
 
-    def check_integrity(self) -> Future[None]:
-        """Check arena, slots and records between two steps; the future carries the AssertionError."""
+        def run(future: Future[T]) -> None:
+            try:
+                future.set_result(action())
+            except Exception as error:  # noqa: BLE001  it is the caller's, and is raised there
+                future.set_exception(error)
 
-        def check(future: Future[None]) -> None:
-            self._residency.check_integrity()
-            future.set_result(None)
+        return self._mailbox.ask(run).result()
 
-        return self._mailbox.ask(check)
+    def check_integrity(self) -> None:
+        """Check arena, slots and records between two steps; raises AssertionError."""
+        self.call(self._residency.check_integrity)
 
     def stop(self, drain_seconds: float = 10.0) -> None:
         """Answer what was admitted, for at most `drain_seconds`, fail the rest with EngineStopped, and end."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -58,7 +59,9 @@ class Runtime:
         settings = settings or RuntimeSettings()
         if settings.dtype != "float32":
             raise BaseModelUnsupported(f"dtype {settings.dtype!r} is not served; float32 is", dtype=settings.dtype)
-        model = load_base(base)
+        # In a thread that ends: its team of OpenMP threads ends with it, so the engine's is the only one.
+        with ThreadPoolExecutor(1, thread_name_prefix="multilora-base") as loading:
+            model = loading.submit(load_base, base).result()
         arena = RankArena(settings.arena_bytes, torch.float32)
         slots = SlotTable(len(model.spec.sites), model.spec.groups)
         self.base_name = model.spec.name

@@ -90,6 +90,6 @@ def _print(console: Console, result: dict[str, Any]) -> None:
     console.print(ratios)
     console.print(
         f"{result['texts']['count']} texts, median {result['texts']['median_tokens']} tokens; "
-        f"{machine['processor']}, {machine['torch_threads']} threads; "
+        f"{machine['processor']}, {settings['threads']} threads; "
         + ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     )

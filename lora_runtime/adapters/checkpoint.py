@@ -1,4 +1,9 @@
-"""Reading an adapter's weights strictly: every tensor is understood and right, or the adapter is refused."""
+"""Reading an adapter's weights strictly: every tensor is understood and right, or the adapter is refused.
+
+Everything here is numpy, not torch: a torch operation large enough to be split would start a second team of OpenMP
+threads in the loader, and from then on every small operation of the engine is about five times slower (measured: a
+fifth of the throughput with 64 adapters on two cores).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -32,14 +38,16 @@ _KEY_PREFIX = "base_model.model."
 _LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<which>[AB])\.weight")
 _FLOATING = {"F64", "F32", "F16", "BF16"}
 
+Array = np.ndarray[Any, np.dtype[np.float32]]
+
 
 @dataclass(frozen=True, slots=True)
 class SiteWeights:
     """One site's pair as PEFT saves it: a [rank, d_in], b [d_out, rank]."""
 
     site: Site
-    a: torch.Tensor
-    b: torch.Tensor
+    a: Array
+    b: Array
     scaling: float
 
     @property
@@ -49,17 +57,17 @@ class SiteWeights:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A validated adapter in host memory, in the dtypes of its file."""
+    """A validated adapter in host memory."""
 
     card: AdapterCard
     digest: str
     sites: tuple[SiteWeights, ...]  # by site index
-    params: dict[str, torch.Tensor]  # head parameters that the adapter brings, by name
+    params: dict[str, Array]  # head parameters that the adapter brings, by name
 
     @property
     def num_parameters(self) -> int:
-        lora = sum(w.a.numel() + w.b.numel() for w in self.sites)
-        return lora + sum(p.numel() for p in self.params.values())
+        lora = sum(w.a.size + w.b.size for w in self.sites)
+        return lora + sum(p.size for p in self.params.values())
 
 
 def read_checkpoint(folder: Path, base: BaseSpec, max_bytes: int) -> Checkpoint:
@@ -93,7 +101,7 @@ def _check_base(metadata: AdapterMetadata | None, base: BaseSpec) -> None:
         )
 
 
-def _read_tensors(path: Path, max_bytes: int) -> tuple[dict[str, torch.Tensor], str]:
+def _read_tensors(path: Path, max_bytes: int) -> tuple[dict[str, Array], str]:
     if path.stat().st_size > max_bytes:
         _refuse("TOO_LARGE", "", f"the file has {path.stat().st_size} bytes, the arena {max_bytes}; give it more")
     data = path.read_bytes()
@@ -108,10 +116,20 @@ def _read_tensors(path: Path, max_bytes: int) -> tuple[dict[str, torch.Tensor], 
         tensors = safetensors.torch.load(data)
     except (safetensors.SafetensorError, ValueError) as error:
         raise AdapterRejected("WEIGHTS_CORRUPT", WEIGHTS_FILE, f"cannot be read ({error})") from error
-    for key, tensor in tensors.items():
-        if not torch.isfinite(tensor.float()).all():
-            _refuse("NOT_FINITE", key, "has a NaN or infinite value")
-    return tensors, hashlib.sha256(data).hexdigest()
+    arrays = {key: _as_float32(tensor) for key, tensor in tensors.items()}
+    for key, array in arrays.items():
+        if not np.isfinite(array).all():
+            _refuse("NOT_FINITE", key, "has a NaN, an infinite value, or one beyond the range of float32")
+    return arrays, hashlib.sha256(data).hexdigest()
+
+
+def _as_float32(tensor: torch.Tensor) -> Array:
+    """Exact, but for float64; without an operation of torch."""
+    if tensor.dtype is torch.bfloat16:  # the upper half of a float32, which numpy has no name for
+        halves = tensor.view(torch.int16).numpy().view(np.uint16)
+        return (halves.astype(np.uint32) << 16).view(np.float32)
+    with np.errstate(over="ignore"):  # an overflow becomes infinite, which is refused
+        return tensor.numpy().astype(np.float32, copy=False)
 
 
 def _read_header(data: bytes) -> dict[str, Any]:
@@ -161,10 +179,10 @@ def _check_digests(metadata: AdapterMetadata | None, digests: dict[str, str]) ->
 
 
 def _sort_tensors(
-    tensors: dict[str, torch.Tensor], config: LoraConfig, base: BaseSpec, head: HeadSpec
-) -> tuple[tuple[SiteWeights, ...], dict[str, torch.Tensor]]:
-    pairs: dict[str, dict[str, torch.Tensor]] = {}
-    params: dict[str, torch.Tensor] = {}
+    tensors: dict[str, Array], config: LoraConfig, base: BaseSpec, head: HeadSpec
+) -> tuple[tuple[SiteWeights, ...], dict[str, Array]]:
+    pairs: dict[str, dict[str, Array]] = {}
+    params: dict[str, Array] = {}
     for key, tensor in tensors.items():
         if not key.startswith(_KEY_PREFIX):
             _refuse("UNEXPECTED_TENSOR", key, f"does not start with {_KEY_PREFIX!r}; save the adapter with PEFT")
@@ -183,7 +201,7 @@ def _sort_tensors(
     return tuple(sorted(sites, key=lambda weights: weights.site.index)), params
 
 
-def _site_weights(module: str, pair: dict[str, torch.Tensor], config: LoraConfig, base: BaseSpec) -> SiteWeights:
+def _site_weights(module: str, pair: dict[str, Array], config: LoraConfig, base: BaseSpec) -> SiteWeights:
     name = module.removeprefix(f"{base.prefix}.")
     where = f"{_KEY_PREFIX}{module}"
     site = base.site(name)
@@ -208,7 +226,7 @@ def _site_weights(module: str, pair: dict[str, torch.Tensor], config: LoraConfig
     return SiteWeights(site, a, b, config.scaling(module))
 
 
-def _check_param(key: str, name: str, tensor: torch.Tensor, base: BaseSpec, head: HeadSpec) -> None:
+def _check_param(key: str, name: str, tensor: Array, base: BaseSpec, head: HeadSpec) -> None:
     shape = head.shapes.get(name)
     if shape is None:
         module = name.rpartition(".")[0]
@@ -221,7 +239,7 @@ def _check_param(key: str, name: str, tensor: torch.Tensor, base: BaseSpec, head
         _refuse("SHAPE_MISMATCH", key, f"has shape {list(found)}, {wanted} is needed")
 
 
-def _check_head(params: dict[str, torch.Tensor], head: HeadSpec) -> int:
+def _check_head(params: dict[str, Array], head: HeadSpec) -> int:
     """Refuse an incomplete head; the number of labels."""
     for name in head.shapes:
         if name not in params and name not in head.from_base:

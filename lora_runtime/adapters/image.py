@@ -6,6 +6,7 @@ each site, rank-major; then the head's parameters. Every block starts on the are
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -35,34 +36,33 @@ def plan_image(checkpoint: Checkpoint, groups: tuple[SiteGroup, ...]) -> ImageLa
     params: dict[str, tuple[int, tuple[int, ...]]] = {}
     for name, tensor in checkpoint.params.items():
         params[name] = cursor, tuple(tensor.shape)
-        cursor = align(cursor + tensor.numel())
+        cursor = align(cursor + tensor.size)
     return ImageLayout(cursor, tuple(sites), params)
 
 
 def _place_group(present: list[SiteWeights], cursor: int, sites: list[SitePlacement]) -> int:
-    a_offset, b_offset = cursor, align(cursor + sum(w.a.numel() for w in present))
+    a_offset, b_offset = cursor, align(cursor + sum(w.a.size for w in present))
     for w in present:
         sites.append(SitePlacement(w.site.index, a_offset, b_offset, w.rank, w.scaling))
-        a_offset += w.a.numel()
-        b_offset = align(b_offset + w.b.numel())
+        a_offset += w.a.size
+        b_offset = align(b_offset + w.b.size)
     return b_offset
 
 
 def write_image(checkpoint: Checkpoint, layout: ImageLayout, run: torch.Tensor) -> None:
-    """Copy a checkpoint into `run`, [num_elements] or longer, converting to its dtype."""
+    """Copy a checkpoint into `run`, float32 on the host, [num_elements] or longer; without an operation of torch."""
+    target = run.numpy()
     weights = {w.site.index: w for w in checkpoint.sites}
     for place in layout.sites:
         w = weights[place.site]
-        _block(run, place.a_offset, w.a.shape).copy_(w.a)
-        _block(run, place.b_offset, w.b.T.shape).copy_(w.b.T)
-    for name, (offset, shape) in layout.params.items():
-        _block(run, offset, shape).copy_(checkpoint.params[name])
+        target[place.a_offset : place.a_offset + w.a.size] = w.a.reshape(-1)
+        target[place.b_offset : place.b_offset + w.b.size] = w.b.T.reshape(-1)
+    for name, (offset, _) in layout.params.items():
+        target[offset : offset + checkpoint.params[name].size] = checkpoint.params[name].reshape(-1)
 
 
 def head_views(layout: ImageLayout, run: torch.Tensor) -> dict[str, torch.Tensor]:
     """The head's parameters as views of a published run."""
-    return {name: _block(run, offset, shape) for name, (offset, shape) in layout.params.items()}
-
-
-def _block(run: torch.Tensor, offset: int, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
-    return run[offset : offset + torch.Size(shape).numel()].view(shape)
+    return {
+        name: run[offset : offset + math.prod(shape)].view(shape) for name, (offset, shape) in layout.params.items()
+    }

@@ -52,21 +52,24 @@ Adapters = list[AdapterId]
 
 
 def run_encoder_bench(bench: EncoderBench, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Measure and return the result as plain data; raises OutputsDiffer before any timing when an answer is wrong."""
-    torch.set_num_threads(bench.threads)
-    with tempfile.TemporaryDirectory() as scratch, _quiet():
+    """Measure and return the result as plain data; raises OutputsDiffer before any timing when an answer is wrong.
+
+    Every contender computes in the engine's thread: a second computing thread would slow them all (see Engine.call).
+    """
+    settings = RuntimeSettings(token_budget=bench.token_budget, num_threads=bench.threads)
+    with tempfile.TemporaryDirectory() as scratch, _quiet(), Runtime(bench.base, settings) as runtime:
+        call = runtime.engine.call
         progress(f"making {bench.num_adapters} adapters of rank {bench.rank} on {bench.targets}")
-        peft_model = _make_adapters(bench, Path(scratch))
-        settings = RuntimeSettings(token_budget=bench.token_budget, num_threads=bench.threads)
-        with Runtime(bench.base, settings) as runtime:
-            adapters = [_load(runtime, Path(scratch) / f"a{i}", i) for i in range(bench.num_adapters)]
-            sequences = runtime.encoder.encode([(text, None) for text in bench.texts], max_length=None, truncate=True)
-            owner = [i % bench.num_adapters for i in range(len(sequences))]
-            contenders = _contenders(bench, runtime, adapters, peft_model, sequences, owner)
-            progress("checking every contender's outputs")
-            errors = _check(contenders, bench.base, Path(scratch), sequences, owner)
-            turns: dict[str, Callable[[], object]] = dict(contenders)
-            seconds = interleave(turns, bench.rounds, lambda turn: progress(f"round {turn} of {bench.rounds}"))
+        peft_model = call(lambda: _make_adapters(bench, Path(scratch)))
+        adapters = [_load(runtime, Path(scratch) / f"a{i}", i) for i in range(bench.num_adapters)]
+        sequences = runtime.encoder.encode([(text, None) for text in bench.texts], max_length=None, truncate=True)
+        owner = [i % bench.num_adapters for i in range(len(sequences))]
+        contenders = _contenders(bench, runtime, adapters, peft_model, sequences, owner)
+        progress("checking every contender's outputs")
+        reference = call(lambda: _reference(bench.base, Path(scratch), sequences, owner))
+        errors = _check(contenders, reference)
+        turns: dict[str, Callable[[], object]] = dict(contenders)
+        seconds = interleave(turns, bench.rounds, lambda turn: progress(f"round {turn} of {bench.rounds}"))
     return _result(bench, sequences, errors, seconds)
 
 
@@ -142,12 +145,14 @@ def _contenders(
         for s, i in zip(sequences, owner, strict=True)
     ]
     padded = _padded_batches(sequences, bench.padded_batch)
+    names = [f"a{i}" for i in owner]
+    call = runtime.engine.call
     return {
-        "own_base": lambda: run_packed(runtime, one_head, bench.token_budget),
-        "own_mixed": lambda: run_packed(runtime, own_head, bench.token_budget),
+        "own_base": lambda: call(lambda: run_packed(runtime, one_head, bench.token_budget)),
+        "own_mixed": lambda: call(lambda: run_packed(runtime, own_head, bench.token_budget)),
         "own_engine": lambda: _run_engine(runtime.engine, adapters, sequences, owner),
-        "transformers_base": lambda: _run_padded(base, padded, len(sequences), None),
-        "peft_mixed": lambda: _run_padded(peft_model, padded, len(sequences), [f"a{i}" for i in owner]),
+        "transformers_base": lambda: call(lambda: _run_padded(base, padded, len(sequences), None)),
+        "peft_mixed": lambda: call(lambda: _run_padded(peft_model, padded, len(sequences), names)),
     }
 
 
@@ -201,19 +206,11 @@ def _run_padded(model: Any, batches: list[_Padded], count: int, names: list[str]
     return outputs
 
 
-def _check(
-    contenders: dict[str, Callable[[], list[torch.Tensor]]],
-    base: str,
-    folder: Path,
-    sequences: tuple[TokenSequence, ...],
-    owner: list[int],
-) -> dict[str, float]:
-    """Largest error of each contender against one adapter at a time under PEFT, texts alone and unpadded."""
-    reference = _reference(base, folder, sequences, owner)
+def _check(contenders: dict[str, Callable[[], list[torch.Tensor]]], reference: list[torch.Tensor]) -> dict[str, float]:
+    """Largest error of each contender: the mixed ones against `reference`, our base against transformers'."""
     plain = contenders["transformers_base"]()
-    wanted = {"own_base": plain, "transformers_base": plain}
     errors = {
-        name: largest_difference(run(), wanted.get(name, reference))
+        name: largest_difference(run(), plain if name == "own_base" else reference)
         for name, run in contenders.items()
         if name != "transformers_base"
     }

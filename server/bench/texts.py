@@ -15,8 +15,8 @@ def default_base() -> str:
 
 
 def sample_texts(count: int, seed: int = 0) -> tuple[str, ...]:
-    """`count` of the demo's texts, shuffled; longer ones are made by joining two, for a median near 30 tokens."""
+    """`count` of the demo's texts, shuffled; one to three joined in each, for a median near 30 tokens."""
     samples = [load_sample(name) for name in SAMPLE_NAMES]
     texts = [row.text for sample in samples for row in (*sample.train, *sample.test)]
     chance = random.Random(seed)
-    return tuple(" ".join(chance.sample(texts, chance.choice((1, 1, 2)))) for _ in range(count))
+    return tuple(" ".join(chance.sample(texts, chance.choice((1, 2, 2, 3)))) for _ in range(count))

@@ -10,7 +10,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from lora_runtime.batch import Row
@@ -96,7 +95,6 @@ async def _stream(server: ServerProcess, served: list[Served], seconds: float) -
 
 def _measure_base_share(base: str, served: list[Served], threads: int) -> Spread:
     """Throughput of mixed batches over that of the same texts with LoRA off and one head."""
-    torch.set_num_threads(threads)
     with Runtime(base, RuntimeSettings(token_budget=TOKEN_BUDGET, num_threads=threads)) as runtime:
         root = served[0].trained.report.out.parent / "adapters"
         mixed: list[Row] = []
@@ -109,15 +107,19 @@ def _measure_base_share(base: str, served: list[Served], threads: int) -> Spread
         # texts of different adapters in turn, as they would arrive
         mixed = [row for start in range(100) for row in mixed[start::100]]
         plain = [Row(row.sequence, task=Task.CLASSIFY, params=mixed[0].params) for row in mixed]
-        alone = [runtime.runner.run([row])[0] for row in mixed]
-        error = largest_difference(run_packed(runtime, mixed, TOKEN_BUDGET), alone)
-        if not error <= TOLERANCE:
-            raise OutputsDiffer(f"a mixed batch differs from the same texts alone by {error:.1e}")
-        turns: dict[str, Callable[[], object]] = {
-            "mixed": lambda: run_packed(runtime, mixed, TOKEN_BUDGET),
-            "base": lambda: run_packed(runtime, plain, TOKEN_BUDGET),
-        }
-        return ratio(interleave(turns, 5, lambda _: None), "mixed", "base")
+        return runtime.engine.call(lambda: _compare(runtime, mixed, plain))
+
+
+def _compare(runtime: Runtime, mixed: list[Row], plain: list[Row]) -> Spread:
+    alone = [runtime.runner.run([row])[0] for row in mixed]
+    error = largest_difference(run_packed(runtime, mixed, TOKEN_BUDGET), alone)
+    if not error <= TOLERANCE:
+        raise OutputsDiffer(f"a mixed batch differs from the same texts alone by {error:.1e}")
+    turns: dict[str, Callable[[], object]] = {
+        "mixed": lambda: run_packed(runtime, mixed, TOKEN_BUDGET),
+        "base": lambda: run_packed(runtime, plain, TOKEN_BUDGET),
+    }
+    return ratio(interleave(turns, 5, lambda _: None), "mixed", "base")
 
 
 def _wait(server: ServerProcess, console: Console) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
+import numpy as np
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -28,10 +29,10 @@ CARD = AdapterCard(Task.CLASSIFY, ("x",), ProblemType.SINGLE_LABEL, None, None, 
 def checkpoint_of(adapter: AdapterId) -> Checkpoint:
     rank, number = ADAPTERS[adapter], float(int(adapter.name[1:]) + 1)
     weights = tuple(
-        SiteWeights(site, torch.full((rank, WIDTH), number), torch.full((WIDTH, rank), number), 1.0)
+        SiteWeights(site, np.full((rank, WIDTH), number, np.float32), np.full((WIDTH, rank), number, np.float32), 1.0)
         for site in SPEC.sites
     )
-    return Checkpoint(CARD, f"digest-{adapter.name}", weights, {"classifier.bias": torch.full((1,), number)})
+    return Checkpoint(CARD, f"digest-{adapter.name}", weights, {"classifier.bias": np.full(1, number, np.float32)})
 
 
 class FakeLoader:

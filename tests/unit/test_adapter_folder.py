@@ -88,12 +88,12 @@ def test_the_image_holds_every_tensor_in_its_place(folder: Path, base: BaseSpec)
     run = torch.full((layout.num_elements,), float("nan"))
     write_image(checkpoint, layout, run)
     for place, weights in zip(layout.sites, checkpoint.sites, strict=True):
-        a = run[place.a_offset : place.a_offset + weights.a.numel()].view_as(weights.a)
-        b = run[place.b_offset : place.b_offset + weights.b.numel()].view(weights.b.T.shape)
-        assert torch.equal(a, weights.a)
-        assert torch.equal(b, weights.b.T)
+        a = run[place.a_offset : place.a_offset + weights.a.size].view(weights.a.shape)
+        b = run[place.b_offset : place.b_offset + weights.b.size].view(weights.b.T.shape)
+        assert torch.equal(a, torch.from_numpy(weights.a))
+        assert torch.equal(b, torch.from_numpy(weights.b).T)
     for name, view in head_views(layout, run).items():
-        assert torch.equal(view, checkpoint.params[name])
+        assert torch.equal(view, torch.from_numpy(checkpoint.params[name]))
 
 
 REFUSED: dict[str, tuple[Callable[[Path], object], str, str]] = {
@@ -313,4 +313,18 @@ def test_other_floating_dtypes_are_read(folder: Path, base: BaseSpec, dtype: tor
     run = torch.zeros(layout.num_elements)
     write_image(checkpoint, layout, run)
     place = layout.sites[0]
-    assert torch.equal(run[place.a_offset : place.a_offset + 4 * 36], checkpoint.sites[0].a.float().view(-1))
+    assert torch.equal(run[place.a_offset : place.a_offset + 4 * 36], torch.from_numpy(checkpoint.sites[0].a).view(-1))
+
+
+def test_bfloat16_values_are_kept_exactly(folder: Path, base: BaseSpec) -> None:
+    change_tensors(folder, lambda t: t.update({k: v.bfloat16() for k, v in t.items()}))
+    saved = safetensors.torch.load_file(folder / WEIGHTS)
+    found = read(folder, base).sites[0]
+    assert torch.equal(torch.from_numpy(found.a), saved[f"{QUERY}.lora_A.weight"].float())
+
+
+def test_a_float64_beyond_float32_is_refused(folder: Path, base: BaseSpec) -> None:
+    change_tensors(
+        folder, lambda t: t.update({f"{QUERY}.lora_A.weight": torch.full((4, 36), 1e300, dtype=torch.float64)})
+    )
+    assert refusal(folder, base).code == "NOT_FINITE"

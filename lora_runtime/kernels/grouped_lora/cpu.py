@@ -7,6 +7,8 @@ stack is a copy: it is kept until the set of adapters changes, one per group and
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,7 +18,7 @@ from lora_runtime.arena import RankArena, SlotTable
 from lora_runtime.kernels.grouped_lora.api import LoraPlan, Segment
 from lora_runtime.types import Site, SiteGroup
 
-SHORT_ROWS = 16  # segments below this many rows are batched
+SHORT_ROWS = 4  # segments below this many rows are batched
 MIN_BATCHED = 4  # fewer short segments than this are not worth a stack
 
 
@@ -39,6 +41,33 @@ class _Stack:
 
 
 @dataclass(frozen=True, slots=True)
+class _Loop:
+    """Segments taken one by one; `sizes` cuts all rows at their borders, in one call instead of one for each."""
+
+    segments: tuple[Segment, ...]
+    sizes: tuple[int, ...]
+    picks: tuple[int, ...]  # which of the cut pieces are segments
+
+    @classmethod
+    def over(cls, segments: tuple[Segment, ...], num_rows: int) -> _Loop:
+        sizes: list[int] = []
+        picks: list[int] = []
+        cursor = 0
+        for segment in segments:
+            if segment.start > cursor:
+                sizes.append(segment.start - cursor)
+            picks.append(len(sizes))
+            sizes.append(segment.num_rows)
+            cursor = segment.end
+        return cls(segments, (*sizes, num_rows - cursor), tuple(picks))
+
+    def rows_of(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Each segment's rows of x, as views."""
+        pieces = x.split_with_sizes(self.sizes)
+        return [pieces[i] for i in self.picks]
+
+
+@dataclass(frozen=True, slots=True)
 class _Tile:
     """Short segments of one rank class, padded to one length."""
 
@@ -58,7 +87,9 @@ class _Tile:
 class _Shrunk:
     """`x A^T` of every active segment: looped ones [rows, R], tiles [n, length, R]."""
 
-    looped: list[tuple[Segment, _GroupViews, torch.Tensor]]
+    loop: _Loop
+    views: list[_GroupViews]
+    looped: list[torch.Tensor]
     tiled: list[tuple[_Tile, _Stack, torch.Tensor]]
 
 
@@ -72,34 +103,35 @@ class CpuGroupedLora:
         self._stacks: dict[tuple[int, int], _Stack] = {}  # (group, rank class)
 
     def shrink(self, x: torch.Tensor, group: SiteGroup, plan: LoraPlan) -> _Shrunk:
-        looped_segments, tiles = self._split(group, plan)
-        looped: list[tuple[Segment, _GroupViews, torch.Tensor]] = []
-        for segment in looped_segments:
-            views = self._group_views(segment, group)
-            looped.append((segment, views, torch.mm(x[segment.start : segment.end], views.a_t)))
+        loop, tiles = self._split(group, plan)
+        views = [self._group_views(segment, group) for segment in loop.segments]
+        with _threads_for(loop):
+            looped = [torch.mm(rows, view.a_t) for rows, view in zip(loop.rows_of(x), views, strict=True)]
         tiled: list[tuple[_Tile, _Stack, torch.Tensor]] = []
         for tile in tiles:
             stack = self._stack(tile, group)
             tiled.append((tile, stack, torch.bmm(_gathered(x, tile), stack.a_t)))
-        return _Shrunk(looped, tiled)
+        return _Shrunk(loop, views, looped, tiled)
 
     def expand(self, shrunk: _Shrunk, site: Site, plan: LoraPlan, out: torch.Tensor) -> None:
         del plan
-        for segment, views, h in shrunk.looped:
-            if (place := views.sites.get(site.index)) is not None:
-                first, last, b, scaling = place
-                out[segment.start : segment.end].addmm_(h[:, first:last], b, alpha=scaling)
+        with _threads_for(shrunk.loop):
+            for rows, view, h in zip(shrunk.loop.rows_of(out), shrunk.views, shrunk.looped, strict=True):
+                if (place := view.sites.get(site.index)) is not None:
+                    first, last, b, scaling = place
+                    rows.addmm_(h if last - first == h.shape[1] else h[:, first:last], b, alpha=scaling)
         for tile, stack, h in shrunk.tiled:
             if (b := stack.b.get(site.index)) is not None:
                 _scatter_add(out, tile, h, b)
 
-    def _split(self, group: SiteGroup, plan: LoraPlan) -> tuple[tuple[Segment, ...], tuple[_Tile, ...]]:
+    def _split(self, group: SiteGroup, plan: LoraPlan) -> tuple[_Loop, tuple[_Tile, ...]]:
         """Which segments are looped and which are tiled; groups with the same active adapters share the answer."""
         active = plan.active(group)
         ranks = tuple(int(self._slots.group_rank[s.slot, group.index]) for s in active)
         key = "split", active, tuple(map(_rank_class, ranks))
         if key not in plan.cache:
-            plan.cache[key] = _split(active, key[2])
+            looped, tiles = _split(active, key[2])
+            plan.cache[key] = _Loop.over(looped, plan.num_rows), tiles
         return plan.cache[key]
 
     def _group_views(self, segment: Segment, group: SiteGroup) -> _GroupViews:
@@ -144,6 +176,20 @@ class CpuGroupedLora:
                     b[index] = self._buffer.new_zeros(n, width, matrix.shape[1])
                 torch.mul(matrix, scaling, out=b[index][i, first:last])
         return _Stack(tile.key, a.transpose(1, 2), b)
+
+
+@contextmanager
+def _threads_for(loop: _Loop) -> Generator[None]:
+    """One thread for a loop of several small products: waking the others costs more than they save."""
+    threads = torch.get_num_threads()
+    if len(loop.segments) < 2 or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _rank_class(rank: int) -> int:
