@@ -5,27 +5,22 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 from rich.console import Console
 
-from lora_runtime.batch import Row
-from lora_runtime.runtime import Runtime, RuntimeSettings
-from lora_runtime.types import Task
-from server.bench.measure import OutputsDiffer, Spread, interleave, largest_difference, ratio
-from server.bench.packed import run_packed
+from server.bench.measure import OutputsDiffer
 from server.demo.process import ServerProcess
 from server.demo.samples import SAMPLE_NAMES, load_sample
+from server.demo.share import measure_base_share
 from server.demo.show import print_calls, print_table
 from server.demo.traffic import Stream, classify, load_adapter, mixed_stream
 from server.demo.training import Trained, accuracy, settings_for, train
 from server.train_progress import TrainProgress
-
-TOKEN_BUDGET = 2048
-TOLERANCE = 1e-4  # absolute, on logits in fp32
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +53,10 @@ def run_demo(
             raise OutputsDiffer(f"{stream.wrong} answers of the mixed stream differ from the adapter's own")
         if not keep:
             stack.close()  # the ratio is measured with the machine to itself
-        console.rule("5. the same texts in this process: mixed batches against the base alone")
-        share = _measure_base_share(base, served, threads)
+        console.rule("5. the same texts without a server: mixed batches against the base alone")
+        work = [(root / item.trained.name, [row.text for row in item.trained.sample.test]) for item in served]
+        with ProcessPoolExecutor(1, get_context("spawn")) as alone:  # training has left threads of its own here
+            share = alone.submit(measure_base_share, base, work, threads).result()
         print_table(console, served, stream, share)
         print_calls(console, server.target, served[0].trained.name, server.metrics_url, keep)
         if keep:
@@ -91,35 +88,6 @@ async def _stream(server: ServerProcess, served: list[Served], seconds: float) -
         for item in served
     }
     return await mixed_stream(server.target, server.metrics_url, work, seconds)
-
-
-def _measure_base_share(base: str, served: list[Served], threads: int) -> Spread:
-    """Throughput of mixed batches over that of the same texts with LoRA off and one head."""
-    with Runtime(base, RuntimeSettings(token_budget=TOKEN_BUDGET, num_threads=threads)) as runtime:
-        root = served[0].trained.report.out.parent / "adapters"
-        mixed: list[Row] = []
-        for item in served:
-            adapter = runtime.load(root / item.trained.name).id
-            resident = runtime.engine.hold([adapter])[adapter]
-            texts = [(row.text, None) for row in item.trained.sample.test]
-            sequences = runtime.encoder.encode(texts, max_length=resident.card.max_length, truncate=True)
-            mixed += [Row(sequence, resident.slot, Task.CLASSIFY, resident.params) for sequence in sequences]
-        # texts of different adapters in turn, as they would arrive
-        mixed = [row for start in range(100) for row in mixed[start::100]]
-        plain = [Row(row.sequence, task=Task.CLASSIFY, params=mixed[0].params) for row in mixed]
-        return runtime.engine.call(lambda: _compare(runtime, mixed, plain))
-
-
-def _compare(runtime: Runtime, mixed: list[Row], plain: list[Row]) -> Spread:
-    alone = [runtime.runner.run([row])[0] for row in mixed]
-    error = largest_difference(run_packed(runtime, mixed, TOKEN_BUDGET), alone)
-    if not error <= TOLERANCE:
-        raise OutputsDiffer(f"a mixed batch differs from the same texts alone by {error:.1e}")
-    turns: dict[str, Callable[[], object]] = {
-        "mixed": lambda: run_packed(runtime, mixed, TOKEN_BUDGET),
-        "base": lambda: run_packed(runtime, plain, TOKEN_BUDGET),
-    }
-    return ratio(interleave(turns, 5, lambda _: None), "mixed", "base")
 
 
 def _wait(server: ServerProcess, console: Console) -> None:

@@ -40,7 +40,7 @@ def print_table(console: Console, served: Sequence[_Served], stream: Stream, sha
     )
     console.print(
         f"mixed batches run at {share.median:.2f} of the base alone "
-        f"({share.low:.2f} to {share.high:.2f} over 5 interleaved rounds)"
+        f"({share.low:.2f} to {share.high:.2f} over interleaved rounds)"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,9 @@ def _peft_answers(base: str, folder: Path, texts: list[str], max_length: int) ->
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(metadata.labels))
-    adapted = PeftModel.from_pretrained(model, str(folder)).eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)  # PEFT's own use
+        adapted = PeftModel.from_pretrained(model, str(folder)).eval()
     tokenizer = AutoTokenizer.from_pretrained(base)
     answers: list[str] = []
     with torch.inference_mode():

@@ -19,6 +19,7 @@ from lora_runtime.kernels.grouped_lora.api import LoraPlan, Segment
 from lora_runtime.types import Site, SiteGroup
 
 SHORT_ROWS = 4  # segments below this many rows are batched
+SMALL_PRODUCT = 1 << 17  # multiply-adds under which a second thread does not pay (two cores, d 384, measured)
 MIN_BATCHED = 4  # fewer short segments than this are not worth a stack
 
 
@@ -47,6 +48,7 @@ class _Loop:
     segments: tuple[Segment, ...]
     sizes: tuple[int, ...]
     picks: tuple[int, ...]  # which of the cut pieces are segments
+    mean_rows: float
 
     @classmethod
     def over(cls, segments: tuple[Segment, ...], num_rows: int) -> _Loop:
@@ -59,7 +61,8 @@ class _Loop:
             picks.append(len(sizes))
             sizes.append(segment.num_rows)
             cursor = segment.end
-        return cls(segments, (*sizes, num_rows - cursor), tuple(picks))
+        mean_rows = sum(segment.num_rows for segment in segments) / max(len(segments), 1)
+        return cls(segments, (*sizes, num_rows - cursor), tuple(picks), mean_rows)
 
     def rows_of(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Each segment's rows of x, as views."""
@@ -90,6 +93,7 @@ class _Shrunk:
     loop: _Loop
     views: list[_GroupViews]
     looped: list[torch.Tensor]
+    mean_site_rank: float
     tiled: list[tuple[_Tile, _Stack, torch.Tensor]]
 
 
@@ -105,17 +109,18 @@ class CpuGroupedLora:
     def shrink(self, x: torch.Tensor, group: SiteGroup, plan: LoraPlan) -> _Shrunk:
         loop, tiles = self._split(group, plan)
         views = [self._group_views(segment, group) for segment in loop.segments]
-        with _threads_for(loop):
+        ranks = sum(view.a_t.shape[1] for view in views) / max(len(views), 1)
+        with _threads_for(loop.mean_rows * ranks * group.d_in):
             looped = [torch.mm(rows, view.a_t) for rows, view in zip(loop.rows_of(x), views, strict=True)]
         tiled: list[tuple[_Tile, _Stack, torch.Tensor]] = []
         for tile in tiles:
             stack = self._stack(tile, group)
             tiled.append((tile, stack, torch.bmm(_gathered(x, tile), stack.a_t)))
-        return _Shrunk(loop, views, looped, tiled)
+        return _Shrunk(loop, views, looped, ranks / len(group.sites), tiled)
 
     def expand(self, shrunk: _Shrunk, site: Site, plan: LoraPlan, out: torch.Tensor) -> None:
         del plan
-        with _threads_for(shrunk.loop):
+        with _threads_for(shrunk.loop.mean_rows * shrunk.mean_site_rank * site.d_out):
             for rows, view, h in zip(shrunk.loop.rows_of(out), shrunk.views, shrunk.looped, strict=True):
                 if (place := view.sites.get(site.index)) is not None:
                     first, last, b, scaling = place
@@ -179,10 +184,10 @@ class CpuGroupedLora:
 
 
 @contextmanager
-def _threads_for(loop: _Loop) -> Generator[None]:
-    """One thread for a loop of several small products: waking the others costs more than they save."""
+def _threads_for(multiply_adds: float) -> Generator[None]:
+    """One thread for a loop of small products of about that size: waking the others costs more than they save."""
     threads = torch.get_num_threads()
-    if len(loop.segments) < 2 or threads == 1:
+    if threads == 1 or multiply_adds >= SMALL_PRODUCT:
         yield
         return
     torch.set_num_threads(1)
