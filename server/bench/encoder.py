@@ -61,7 +61,8 @@ def run_encoder_bench(bench: EncoderBench, progress: Callable[[str], None]) -> d
         call = runtime.engine.call
         progress(f"making {bench.num_adapters} adapters of rank {bench.rank} on {bench.targets}")
         peft_model = call(lambda: _make_adapters(bench, Path(scratch)))
-        adapters = [_load(runtime, Path(scratch) / f"a{i}", i) for i in range(bench.num_adapters)]
+        loaded = [runtime.load(Path(scratch) / f"a{i}", name=f"a{i}") for i in range(bench.num_adapters)]
+        adapters = [info.id for info in loaded]
         sequences = runtime.encoder.encode([(text, None) for text in bench.texts], max_length=None, truncate=True)
         owner = [i % bench.num_adapters for i in range(len(sequences))]
         contenders = _contenders(bench, runtime, adapters, peft_model, sequences, owner)
@@ -70,7 +71,8 @@ def run_encoder_bench(bench: EncoderBench, progress: Callable[[str], None]) -> d
         errors = _check(contenders, reference)
         turns: dict[str, Callable[[], object]] = dict(contenders)
         seconds = interleave(turns, bench.rounds, lambda turn: progress(f"round {turn} of {bench.rounds}"))
-    return _result(bench, sequences, errors, seconds)
+    loads = Spread.of([info.load_seconds or 0.0 for info in loaded])
+    return _result(bench, sequences, errors, seconds) | {"load_seconds": asdict(loads)}
 
 
 def _result(
@@ -121,10 +123,6 @@ def _make_adapters(bench: EncoderBench, folder: Path) -> PeftModel:
             torch.nn.init.normal_(parameter, std=0.1)
     adapted.save_pretrained(str(folder))
     return adapted.eval()
-
-
-def _load(runtime: Runtime, folder: Path, number: int) -> AdapterId:
-    return runtime.load(folder, name=f"a{number}").id
 
 
 def _contenders(
