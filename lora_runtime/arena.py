@@ -44,7 +44,11 @@ class RankArena:
         num_elements = num_bytes // dtype.itemsize // ALIGNMENT * ALIGNMENT
         if num_elements <= 0:
             raise CapacityExceeded(f"an arena of {num_bytes} bytes holds nothing; give it more", arena_bytes=num_bytes)
-        self.buffer = torch.empty(num_elements, dtype=dtype, device=device)  # [num_elements]; pages come when written
+        try:  # [num_elements]; pages come when written
+            self.buffer = torch.empty(num_elements, dtype=dtype, device=device)
+        except RuntimeError as error:
+            message = f"an arena of {num_bytes} bytes cannot be allocated on {device}; give it fewer"
+            raise CapacityExceeded(message, arena_bytes=num_bytes) from error
         self._free: list[Run] = [Run(0, num_elements)]  # by offset
         self._used: dict[int, Run] = {}  # by offset
 

@@ -7,6 +7,7 @@ the loader threads, and requests for other adapters run meanwhile.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -24,11 +25,14 @@ from lora_runtime.batch import Row
 from lora_runtime.catalogue import Catalogue
 from lora_runtime.errors import (
     AdapterFailed,
+    AnswerNotFinite,
     DeadlineExpired,
     EngineStopped,
+    InvalidRequest,
     MultiloraError,
     RequestCancelled,
 )
+from lora_runtime.futures import settle
 from lora_runtime.heads import scores_of
 from lora_runtime.mailbox import Mailbox
 from lora_runtime.model.runner import Runner
@@ -98,6 +102,7 @@ class Engine:
         self._drain_until: float | None = None  # set once the engine is draining
         self._swept_at = 0.0
         self._idle = True
+        self.ended: Future[None] = Future()  # done when the thread ends: with EngineStopped when it failed
 
     # Any thread
 
@@ -125,8 +130,9 @@ class Engine:
     def submit(self, request: Request) -> Future[Result]:
         """Queue a request; its adapter is loaded on first use. Never raises: refusals are in the future."""
         future: Future[Result] = Future()
-        if not self._mailbox.post(lambda: self._admit(request, future)):
-            future.set_exception(EngineStopped("the engine has stopped; ask another replica"))
+        submitted_at = time.monotonic()  # here, not in the engine's thread: the batch that runs now is waited for too
+        if not self._mailbox.post(lambda: self._admit(request, future, submitted_at)):
+            settle(future, EngineStopped("the engine has stopped; ask another replica"))
         return future
 
     def cancel(self, request_id: str) -> None:
@@ -184,6 +190,21 @@ class Engine:
     # Engine thread
 
     def _loop(self) -> None:
+        stopped = EngineStopped("the engine stopped before the request was answered; ask another replica")
+        failure: EngineStopped | None = None
+        try:
+            self._run_until_drained()
+        except Exception:
+            logger.exception("the engine failed; every request is refused from now on")
+            stopped = failure = EngineStopped("the engine failed and has stopped; ask another replica")
+            self._drain(0)
+        self._mailbox.close()
+        for ticket in self._scheduler.open_tickets():
+            self._fail(ticket, stopped)
+        self._residency.stop(stopped)
+        settle(self.ended, failure)
+
+    def _run_until_drained(self) -> None:
         if self._settings.num_threads is not None:
             torch.set_num_threads(self._settings.num_threads)
         while not self._is_drained():
@@ -192,11 +213,6 @@ class Engine:
             self._step()
             self._residency.settle()
             self._want_again()
-        self._mailbox.close()
-        stopped = EngineStopped("the engine stopped before the request was answered; ask another replica")
-        for ticket in self._scheduler.open_tickets():
-            self._fail(ticket, stopped)
-        self._residency.stop(stopped)
 
     def _step(self) -> None:
         planned = self._schedule()
@@ -244,7 +260,11 @@ class Engine:
         for item, logits in zip(planned.work, outcome, strict=True):
             resident = planned.residents[item.ticket.adapter]
             scores = scores_of(logits, resident.card.problem_type)
-            item.ticket.outputs[item.index] = Classification(tuple(logits.tolist()), tuple(scores.tolist()))
+            output = Classification(tuple(logits.tolist()), tuple(scores.tolist()))
+            if math.isfinite(sum(output.logits)):
+                item.ticket.outputs[item.index] = output
+            else:
+                self._fail(item.ticket, AnswerNotFinite(str(item.ticket.adapter), item.index))
         for ticket in {item.ticket: None for item in planned.work}:
             if len(ticket.outputs) == len(ticket.request.sequences) and not ticket.done:
                 self._answer(ticket, planned.residents[ticket.adapter], now)
@@ -273,25 +293,32 @@ class Engine:
     def _reply(self, request: Request, future: Future[Result], outcome: Result | MultiloraError) -> None:
         """The one terminal reply; a caller that cancelled its future gets none but is still counted."""
         self._observe("on_result", request, outcome)
-        if not future.set_running_or_notify_cancel():
-            return
-        if isinstance(outcome, MultiloraError):
-            future.set_exception(outcome)
-        else:
-            future.set_result(outcome)
+        settle(future, outcome)
 
-    def _admit(self, request: Request, future: Future[Result]) -> None:
+    def _admit(self, request: Request, future: Future[Result], submitted_at: float) -> None:
         try:
             if self._drain_until is not None:
                 raise EngineStopped("the engine is draining; ask another replica")
-            assert request.sequences, "a request has at least one sequence"
+            self._check(request)
             self._residency.want(request.adapter)
         except MultiloraError as error:
             self._reply(request, future, error)
             return
-        ticket = self._scheduler.add(request, future, time.monotonic())
+        except Exception:  # our own bug: the engine ends, but this request is not among its tickets yet
+            self._reply(request, future, EngineStopped("the engine failed; ask another replica"))
+            raise
+        ticket = self._scheduler.add(request, future, submitted_at)
         if not self._residency.is_ready(request.adapter):
             ticket.ready_at = float("inf")
+
+    def _check(self, request: Request) -> None:
+        if not request.sequences:
+            raise InvalidRequest("sequences", "is empty; a request has at least one")
+        for index, sequence in enumerate(request.sequences):
+            if not sequence.num_tokens:
+                raise InvalidRequest(f"inputs[{index}].text", "has no tokens")
+        if self._scheduler.find(request.request_id) is not None:
+            raise InvalidRequest("request_id", f"{request.request_id[:140]!r} is in flight; give each request its own")
 
     def _cancel(self, request_id: str) -> None:
         if (ticket := self._scheduler.find(request_id)) is not None:
@@ -308,6 +335,7 @@ class Engine:
             now = time.monotonic()
             for ticket in self._scheduler.waiting_for(info.id):
                 ticket.ready_at = min(ticket.ready_at, now)
+        _log_state(info)
         self._observe("on_adapter", info)
 
     def _on_load_failed(self, adapter: AdapterId, error: MultiloraError) -> None:
@@ -342,3 +370,16 @@ class Engine:
                 getattr(observer, event)(*facts)
             except Exception:
                 logger.exception("observer %s failed in %s", type(observer).__name__, event)
+
+
+def _log_state(info: AdapterInfo) -> None:
+    """The states an operator wants to see; the rest only when debugging."""
+    if info.state is AdapterState.FAILED and info.failure is not None:
+        logger.warning("adapter %s is refused: %s", info.id, info.failure.message)
+    elif info.state is AdapterState.READY:
+        size, seconds = info.resident_bytes / 2**20, info.load_seconds or 0.0
+        logger.info("adapter %s is loaded: %.1f MiB in %.0f ms", info.id, size, 1000 * seconds)
+    else:
+        logger.log(
+            logging.INFO if info.state is AdapterState.DRAINING else logging.DEBUG, "%s: %s", info.id, info.state
+        )

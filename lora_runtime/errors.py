@@ -8,6 +8,7 @@
     ├── AdapterRejected           the adapter's files are refused: what, where, and the remedy
     ├── AdapterFailed             the adapter is registered but its last load was refused
     ├── TaskMismatch              the adapter answers another task
+    ├── AnswerNotFinite           the adapter's weights overflow on this input: no scores follow from that
     ├── BaseModelUnsupported      the base model cannot be served
     ├── CapacityExceeded          no room: a queue or the arena is full; trying again may help
     ├── TrainingDataInvalid       a training file is refused: which file, which line, and why
@@ -24,6 +25,16 @@ from __future__ import annotations
 
 from pathlib import PurePath
 
+_MAX_CHARS = 2000
+
+
+def shown(text: str) -> str:
+    """`text` fit for a log line and for protobuf: what cannot be printed (lone surrogates too) escaped, and cut."""
+    text = text[: _MAX_CHARS + 1]  # enough to see that it is too long
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= _MAX_CHARS else text[: _MAX_CHARS - 1] + "…"
+
 
 class MultiloraError(Exception):
     """Base of the tree. `reason` is stable; `metadata` has string values only."""
@@ -31,9 +42,9 @@ class MultiloraError(Exception):
     reason = "INTERNAL"
 
     def __init__(self, message: str, **metadata: object) -> None:
-        super().__init__(message)
-        self.message = message
-        self.metadata: dict[str, str] = {key: str(value) for key, value in metadata.items()}
+        self.message = shown(message)
+        super().__init__(self.message)
+        self.metadata: dict[str, str] = {key: shown(str(value)) for key, value in metadata.items()}
 
 
 class InvalidRequest(MultiloraError):
@@ -43,8 +54,8 @@ class InvalidRequest(MultiloraError):
 
     def __init__(self, field: str, message: str, **metadata: object) -> None:
         super().__init__(f"{field}: {message}", field=field, **metadata)
-        self.field = field
-        self.description = message
+        self.field = shown(field)
+        self.description = shown(message)
 
 
 class TextTooLong(InvalidRequest):
@@ -99,7 +110,9 @@ class AdapterFailed(MultiloraError):
     reason = "ADAPTER_FAILED"
 
     def __init__(self, adapter: str, cause: MultiloraError) -> None:
-        super().__init__(f"adapter {adapter} could not be loaded: {cause.message}", adapter=adapter, **cause.metadata)
+        metadata = {**cause.metadata, "adapter": adapter}
+        message = f"adapter {adapter} could not be loaded: {cause.message}; mend it and load it again"
+        super().__init__(message, **metadata)
         self.cause = cause
 
 
@@ -111,6 +124,20 @@ class TaskMismatch(MultiloraError):
     def __init__(self, adapter: str, asked: str, answers: str) -> None:
         super().__init__(
             f"adapter {adapter} answers {answers}, not {asked}", adapter=adapter, asked=asked, answers=answers
+        )
+
+
+class AnswerNotFinite(MultiloraError):
+    """The adapter's logits for one input are NaN or infinite; others of the batch are not touched by that."""
+
+    reason = "ANSWER_NOT_FINITE"
+
+    def __init__(self, adapter: str, index: int) -> None:
+        super().__init__(
+            f"adapter {adapter} gives logits that are not finite for inputs[{index}]; its weights or its scaling are "
+            "too large",
+            adapter=adapter,
+            index=index,
         )
 
 

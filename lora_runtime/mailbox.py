@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable
@@ -9,7 +10,9 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from lora_runtime.errors import EngineStopped, MultiloraError
+from lora_runtime.futures import settle
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -29,17 +32,20 @@ class Mailbox:
             return not self._closed
 
     def ask(self, action: Callable[[Future[T]], None]) -> Future[T]:
-        """Post an action that settles the returned future; what it raises goes into the future."""
+        """Post an action that settles the returned future, at once or later; what it raises goes into the future."""
         future: Future[T] = Future()
 
         def run() -> None:
             try:
                 action(future)
-            except (MultiloraError, AssertionError) as error:
-                future.set_exception(error)
+            except MultiloraError as error:
+                settle(future, error)
+            except Exception as error:
+                logger.exception("an action in the engine thread failed")
+                settle(future, MultiloraError(f"the engine could not do it: {type(error).__name__}"))
 
         if not self.post(run):
-            future.set_exception(EngineStopped("the engine has stopped; ask another replica"))
+            settle(future, EngineStopped("the engine has stopped; ask another replica"))
         return future
 
     def run_pending(self, timeout_s: float) -> None:
@@ -53,7 +59,11 @@ class Mailbox:
             return
 
     def close(self) -> None:
-        """Refuse what comes from now on, then run what came before."""
+        """Refuse what comes from now on, then run what came before; no failure of one keeps another from its turn."""
         with self._door:
             self._closed = True
-        self.run_pending(0)
+        while not self._actions.empty():
+            try:
+                self.run_pending(0)
+            except Exception:
+                logger.exception("an action failed while the engine stopped")

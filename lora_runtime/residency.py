@@ -20,6 +20,7 @@ from lora_runtime.adapters.loader import AdapterLoader, CardRead, Fetched, Loade
 from lora_runtime.arena import RankArena, Run, SlotTable, align
 from lora_runtime.catalogue import Catalogue
 from lora_runtime.errors import AdapterFailed, AdapterRejected, CapacityExceeded, MultiloraError
+from lora_runtime.futures import settle
 from lora_runtime.types import AdapterCard, AdapterId, AdapterInfo, AdapterState
 
 LEGAL_MOVES: Mapping[AdapterState, frozenset[AdapterState]] = {
@@ -109,7 +110,7 @@ class Residency:
         """Load, or try again after a refusal; `future` gets the READY snapshot or the reason."""
         record = self._record(adapter)
         if record.info.state is AdapterState.READY:
-            future.set_result(record.info)
+            settle(future, record.info)
             return
         record.loads.append(future)
         if record.info.state in (AdapterState.REGISTERED, AdapterState.FAILED):
@@ -119,7 +120,7 @@ class Residency:
         """Free the adapter after the current step; one that is loading is unloaded once loaded."""
         record = self._record(adapter)
         if record.info.state in (AdapterState.REGISTERED, AdapterState.FAILED):
-            future.set_result(Unloaded(record.info, 0))
+            settle(future, Unloaded(record.info, 0))
         else:
             record.unloads.append(future)
             self._unloading[adapter] = None
@@ -158,19 +159,18 @@ class Residency:
                 del self._unloading[record.info.id]
                 unloads, record.unloads = record.unloads, []
                 for future in unloads:
-                    future.set_result(Unloaded(record.info, freed))
-        waiting_for_room, self._waiting_for_room = self._waiting_for_room, []
-        for adapter in waiting_for_room:
-            self._make_room(self._records[adapter])
+                    settle(future, Unloaded(record.info, freed))
+        self._waiting_for_room = self._give_room(self._waiting_for_room)
 
     def stop(self, error: MultiloraError) -> None:
         """Fail everything that still waits for a load, an unload or a registration."""
-        futures: list[Future[AdapterInfo] | Future[Unloaded]] = [f for _, f, _ in self._registering.values()]
+        for _, future, _ in self._registering.values():
+            settle(future, error)
         for record in self._records.values():
-            futures += [*record.loads, *record.unloads]
-        for future in futures:
-            if not future.done():
-                future.set_exception(error)
+            for load in record.loads:
+                settle(load, error)
+            for unload in record.unloads:
+                settle(unload, error)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless arena, slots and records agree: no run, slot or reference without an owner."""
@@ -199,9 +199,9 @@ class Residency:
             self._records[message.adapter] = _Record(info)
             self._publish_info(info)
         if error is not None:
-            future.set_exception(error)
+            settle(future, error)
         else:
-            future.set_result(info)
+            settle(future, info)
 
     def _start_load(self, record: _Record) -> None:
         record.load_started_at = time.monotonic()
@@ -219,25 +219,40 @@ class Residency:
         self._move(record, AdapterState.HOST)
         self._waiting_for_room.append(message.adapter)  # room is made after the step: what is READY gets its batch
 
-    def _make_room(self, record: _Record) -> None:
-        """Allocate a run for a HOST adapter, evicting idle ones; without room it waits for the next settle."""
+    def _give_room(self, waiting: list[AdapterId]) -> list[AdapterId]:
+        """Start the copies that fit, first come first; those that still wait.
+
+        While a copy is under way, what it occupies is soon idle: nobody overtakes the first that waits for it, or
+        small adapters could keep a large one out for ever.
+        """
+        still: list[AdapterId] = []
+        for at, adapter in enumerate(waiting):
+            if self._make_room(self._records[adapter]):
+                continue
+            still.append(adapter)
+            if any(record.info.state is AdapterState.COPYING for record in self._records.values()):
+                return still + waiting[at + 1 :]
+        return still
+
+    def _make_room(self, record: _Record) -> bool:
+        """Start the copy of a HOST adapter, evicting idle ones; False when it has to wait for room."""
         assert record.fetched is not None
         needed = record.fetched.layout.num_elements
         if align(needed) > self._arena.buffer.numel():
             size = align(needed) * self._arena.buffer.itemsize
             message = f"needs {size} bytes, the whole arena has {self._arena.num_bytes}; give the arena more bytes"
             self._fail(record, CapacityExceeded(f"{record.info.id}: {message}", needed_bytes=size))
-            return
+            return True
         while not self._arena.can_allocate(needed):
             idle = [r for r in self._records.values() if r.info.state is AdapterState.READY and not r.references]
             if not idle:
-                self._waiting_for_room.append(record.info.id)
-                return
+                return False
             self._free(min(idle, key=lambda r: r.used_at))
         record.run = self._arena.allocate(needed)
         self._move(record, AdapterState.COPYING)
         run = self._arena.view(record.run)
         self._loader.write(record.info.id, record.fetched.checkpoint, record.fetched.layout, run)
+        return True
 
     def _publish(self, record: _Record) -> None:
         assert record.fetched is not None and record.run is not None
@@ -260,7 +275,7 @@ class Residency:
         )
         loads, record.loads = record.loads, []
         for future in loads:
-            future.set_result(record.info)
+            settle(future, record.info)
 
     def _free(self, record: _Record) -> int:
         """READY → DRAINING → REGISTERED; the bytes freed."""
@@ -280,7 +295,7 @@ class Residency:
         self._move(record, AdapterState.FAILED, failure=error, resident_bytes=0)
         loads, record.loads = record.loads, []
         for future in loads:
-            future.set_exception(AdapterFailed(str(record.info.id), error))
+            settle(future, AdapterFailed(str(record.info.id), error))
         self._on_failed(record.info.id, error)
 
     def _move(self, record: _Record, state: AdapterState, **changes: object) -> None:

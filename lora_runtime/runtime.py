@@ -13,7 +13,7 @@ import torch
 
 from lora_runtime.arena import RankArena, SlotTable
 from lora_runtime.engine import Engine, EngineSettings
-from lora_runtime.errors import BaseModelUnsupported, TaskMismatch
+from lora_runtime.errors import BaseModelUnsupported, InvalidRequest, TaskMismatch
 from lora_runtime.kernels.grouped_lora.cpu import CpuGroupedLora
 from lora_runtime.model.encoder_text import TextEncoder
 from lora_runtime.model.load import load_base
@@ -24,6 +24,7 @@ from lora_runtime.types import (
     AdapterId,
     AdapterInfo,
     AdapterRef,
+    AdapterState,
     Classification,
     Request,
     Task,
@@ -85,11 +86,14 @@ class Runtime:
     def load(self, path: str | Path, *, name: str | None = None, version: int = 1) -> AdapterInfo:
         """Register a PEFT folder under its own name, or `name`, and load it.
 
-        Raises AdapterRejected or AdapterFailed with the reason, AdapterAlreadyExists, InvalidRequest for the name.
+        A folder whose load was refused can be mended and loaded again. Raises AdapterRejected or AdapterFailed with
+        the reason, AdapterAlreadyExists, InvalidRequest for the name.
         """
         folder = Path(path)
         adapter = AdapterId(DEFAULT_TENANT, name or folder.resolve().name, version)
-        self.engine.register(adapter, folder).result()
+        known = next((info for info in self.engine.catalogue.all() if info.id == adapter), None)
+        if known is None or known.state is not AdapterState.FAILED or known.path != folder:
+            self.engine.register(adapter, folder).result()
         return self.engine.load(adapter).result()
 
     def unload(self, adapter: str) -> Unloaded:
@@ -101,14 +105,14 @@ class Runtime:
     ) -> list[Prediction]:
         """Classify texts, or (text, pair) tuples, with one adapter (`name` or `name@version`).
 
-        Raises AdapterNotFound, AdapterFailed, TextTooLong.
+        Raises AdapterNotFound, AdapterFailed, TextTooLong, InvalidRequest for texts that are none.
         """
-        if not texts:
+        pairs = _pairs(texts)
+        if not pairs:
             return []
         info = self.engine.catalogue.resolve(AdapterRef.parse(adapter))
         if info.card is not None and info.card.task is not Task.CLASSIFY:
             raise TaskMismatch(str(info.id), Task.CLASSIFY, info.card.task)
-        pairs = [(text, None) if isinstance(text, str) else text for text in texts]
         limit = info.card.max_length if info.card else None
         sequences = self.encoder.encode(pairs, max_length=limit, truncate=truncate)
         request = Request(f"local-{next(self._request_numbers)}", info.id, Task.CLASSIFY, sequences)
@@ -127,6 +131,21 @@ class Runtime:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _pairs(texts: Sequence[object]) -> list[tuple[str, str | None]]:
+    if isinstance(texts, str):
+        raise InvalidRequest("texts", "is one string; pass a list of texts")
+    pairs: list[tuple[str, str | None]] = []
+    for i, item in enumerate(texts):
+        match item:
+            case str():
+                pairs.append((item, None))
+            case (str() as text, str() as pair):
+                pairs.append((text, pair))
+            case _:
+                raise InvalidRequest(f"texts[{i}]", f"is a {type(item).__name__}; a text or a (text, pair) is needed")
+    return pairs
 
 
 def _prediction(output: Classification, labels: tuple[str, ...]) -> Prediction:

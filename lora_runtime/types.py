@@ -65,15 +65,17 @@ class AdapterRef:
 
     @classmethod
     def parse(cls, text: str, tenant: str = DEFAULT_TENANT) -> AdapterRef:
-        """Parse `name`, `name@version` or `tenants/T/adapters/A[/versions/V]`; `tenant` is the caller's own.
+        """Parse `[tenant/]name[@version]` or `tenants/T/adapters/A[/versions/V]`; `tenant` is the caller's own.
 
         Raises InvalidRequest on field `adapter` when `text` is none of these.
         """
         if resource := _RESOURCE.fullmatch(text):
             tenant, name, version = resource.groups()
         else:
-            name, _, tail = text.partition("@")
+            path, _, tail = text.partition("@")
             version = tail if "@" in text else None
+            own, _, name = path.rpartition("/")
+            tenant = own or tenant
         check_name("adapter", name)
         check_name("adapter", tenant)
         return cls(tenant, name, None if version is None else parse_version(version))
@@ -93,9 +95,9 @@ def check_name(field_name: str, value: str) -> None:
 
 
 def parse_version(text: str) -> int:
-    """A positive integer in plain digits; raises InvalidRequest on field `adapter` otherwise."""
-    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) > 0):
-        raise InvalidRequest("adapter", f"version {text[:40]!r} is not a positive integer")
+    """1 to 999999999 in plain digits; raises InvalidRequest on field `adapter` otherwise."""
+    if not re.fullmatch(r"[1-9][0-9]{0,8}", text):
+        raise InvalidRequest("adapter", f"version {text[:40]!r} is not a positive integer up to 999999999")
     return int(text)
 
 

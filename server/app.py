@@ -37,6 +37,10 @@ _ENGINE_DRAIN_S = 1.0
 _log = logging.getLogger(__name__)
 
 
+class EngineFailed(Exception):
+    """The engine's thread ended by itself: nothing can be answered any more."""
+
+
 class App:
     """One server. `run` is its whole life; tests give it a factory of fake backends."""
 
@@ -61,13 +65,14 @@ class App:
     async def run(self, stop: asyncio.Event, announce: Callable[[str], None]) -> None:
         """Serve until `stop` is set; `announce` gets the text for people when requests are answered.
 
-        Raises StartupError when an address is taken, the base cannot be served or a preload fails.
+        Raises StartupError when an address is taken, the base cannot be served or a preload fails; EngineFailed when
+        the engine ended before it was told to.
         """
         try:
             await self.listen()
             if await self.load(stop):
                 announce(self.summary())
-                await stop.wait()
+                await self._until(stop)
                 _log.info("stopping; requests in flight have %g seconds", self._settings.grace)
         finally:
             await self.close()
@@ -88,7 +93,7 @@ class App:
         try:
             self.port = self._server.add_insecure_port(address)
         except RuntimeError as error:
-            raise StartupError(f"--port: cannot listen on {address}; choose another address") from error
+            raise StartupError(f"--host, --port: cannot listen on {address}; choose another address") from error
         await self._health.attach(self._server)
         await self._server.start()
 
@@ -166,6 +171,17 @@ class App:
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         return server
 
+    async def _until(self, stop: asyncio.Event) -> None:
+        assert self._backend is not None, "there is nothing to serve with"
+        ended = asyncio.ensure_future(completion(self._backend.engine.ended))
+        stopped = asyncio.ensure_future(stop.wait())
+        await asyncio.wait({ended, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if stopped.done():
+            ended.cancel()
+            return
+        stopped.cancel()
+        raise EngineFailed("the engine failed and the server ends; the log has the cause") from ended.exception()
+
     async def _late_backend(self) -> Backend | None:
         """The backend of a load that the stop overtook, if it arrives within `grace` seconds.
 
@@ -205,7 +221,7 @@ def _require_free_port(flag: str, host: str, port: int) -> None:
 def _cannot_listen(flag: str, host: str, port: int, error: OSError) -> StartupError:
     if error.errno == errno.EADDRINUSE:
         return StartupError(f"{flag}: {_address(host, port)} is in use; stop what listens there or choose another port")
-    return StartupError(f"{flag}: cannot listen on {_address(host, port)} ({error.strerror})")
+    return StartupError(f"--host, {flag}: cannot listen on {_address(host, port)} ({error.strerror})")
 
 
 def _in_daemon_thread(work: Callable[[], Backend]) -> Future[Backend]:

@@ -59,6 +59,11 @@ class Engine(Protocol):
     @property
     def catalogue(self) -> Catalogue: ...
 
+    @property
+    def ended(self) -> Future[None]:
+        """Done when the thread ends, with an error when it failed."""
+        ...
+
 
 class TextEncoder(Protocol):
     """The base's tokenizer; thread-safe."""

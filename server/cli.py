@@ -7,6 +7,7 @@ import importlib
 import logging
 import os
 import signal
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,8 +49,18 @@ app = typer.Typer(
 )
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"multilora {metadata.version('multilora')}")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[  # its callback does the work
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
     """Keeps `serve` a sub-command while it is the only one defined here."""
 
 
@@ -97,12 +108,14 @@ def serve(
 def run_server(settings: ServeSettings) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit code."""
     # imported here: gRPC's start-up is not for `--help`
-    from server.app import App
+    from server.app import App, EngineFailed
     from server.startup import StartupError
 
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
     )
+
+    logging.getLogger("grpc").setLevel(logging.INFO)  # at debug it writes a line per RPC
 
     async def serve_until_signal() -> None:
         stop = asyncio.Event()
@@ -120,7 +133,7 @@ def run_server(settings: ServeSettings) -> int:
 
     try:
         asyncio.run(serve_until_signal())
-    except StartupError as error:
+    except (StartupError, EngineFailed) as error:
         typer.echo(f"multilora serve: {error}", err=True)
         return 1
     except KeyboardInterrupt:

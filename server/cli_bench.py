@@ -10,7 +10,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-bench_app = typer.Typer(help="Measure throughput; outputs are checked before a speed is printed.", no_args_is_help=True)
+bench_app = typer.Typer(
+    help="Measure throughput; outputs are checked before a speed is printed.",
+    no_args_is_help=True,
+    add_completion=False,
+)
 
 _MEANING = {
     "own_base": "packed batches, no adapter, one head",

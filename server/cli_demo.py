@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-demo_app = typer.Typer()
+demo_app = typer.Typer(add_completion=False)
 
 
 @demo_app.command()

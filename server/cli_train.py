@@ -18,7 +18,10 @@ from lora_runtime.types import ProblemType
 from server.train_progress import TrainProgress, print_summary
 
 train_app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode="markdown", help="Fine-tune LoRA adapters that this server loads."
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="Fine-tune LoRA adapters that this server loads.",
 )
 
 _DATA, _LORA, _RUN = "Data", "LoRA", "Training"

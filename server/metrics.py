@@ -167,7 +167,7 @@ class EngineMetrics:
         if info.state is AdapterState.READY and info.load_seconds is not None:
             self._metrics.observe_load(info.load_seconds)
         if info.state is AdapterState.FAILED and info.failure is not None:
-            self._metrics.count_load_failure(info.failure.reason)
+            self._metrics.count_load_failure(info.failure.metadata.get("code", info.failure.reason))
 
 
 class MetricsEndpoint:

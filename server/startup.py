@@ -59,7 +59,7 @@ def prepare_backend(settings: ServeSettings, factory: BackendFactory, observer: 
 def register_folder(engine: Engine, root: Path) -> None:
     """Register each adapter folder as `default/FOLDER@1`; a refused one is kept, with its reason."""
     pending: list[tuple[Path, Future[AdapterInfo]]] = []
-    for folder in sorted(path for path in root.iterdir() if (path / CONFIG_FILE).is_file()):
+    for folder in sorted(path for path in root.iterdir() if _is_adapter(path)):
         try:
             adapter = AdapterId(DEFAULT_TENANT, folder.name, 1)
         except InvalidRequest as error:
@@ -73,6 +73,14 @@ def register_folder(engine: Engine, root: Path) -> None:
             failure = error
         if failure is not None:
             _log.warning("adapter %s is refused: %s", folder.name, failure.message)
+
+
+def _is_adapter(folder: Path) -> bool:
+    try:
+        return (folder / CONFIG_FILE).is_file()
+    except OSError as error:  # a folder of somebody else, such as lost+found at the root of a volume
+        _log.warning("folder %s is skipped: %s", folder.name, error.strerror)
+        return False
 
 
 def preload(engine: Engine, references: tuple[str, ...]) -> None:

@@ -47,7 +47,8 @@ class TrainProgress:
         rows = f"{plan.num_train_rows} training rows, {plan.num_valid_rows} validation rows"
         self._say(f"{rows}, {_describe_labels(plan)}")
         if plan.num_truncated_rows:
-            cut = f"{plan.num_truncated_rows} rows are cut to {self._settings.max_length} tokens"
+            rows = "row is" if plan.num_truncated_rows == 1 else "rows are"
+            cut = f"{plan.num_truncated_rows} {rows} cut to {self._settings.max_length} tokens"
             self._say(f"{cut}; raise the maximum length to keep them whole")
         scope = f"rank {self._settings.rank} on {', '.join(plan.target_modules)}"
         self._say(f"{plan.num_parameters:,} trainable parameters: {scope}, and the head")

@@ -34,6 +34,7 @@ class FakeRunner:
     def __init__(self, seconds_per_batch: float = 0.0) -> None:
         self.batches: list[list[Row]] = []
         self.fail_next: Exception | None = None
+        self.scale = 1.0  # of every answer
         self.gate = threading.Event()  # cleared: batches wait
         self.gate.set()
         self._seconds = seconds_per_batch
@@ -45,4 +46,4 @@ class FakeRunner:
         if self.fail_next is not None:
             error, self.fail_next = self.fail_next, None
             raise error
-        return [row.params["classifier.bias"].clone() + row.sequence.num_tokens for row in rows]
+        return [self.scale * (row.params["classifier.bias"] + row.sequence.num_tokens) for row in rows]

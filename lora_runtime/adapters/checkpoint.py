@@ -36,6 +36,7 @@ from lora_runtime.types import AdapterCard, Site
 MAX_HEADER_BYTES = 16 << 20
 _KEY_PREFIX = "base_model.model."
 _LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<which>[AB])\.weight")
+_MAX_FLOAT32 = float(np.finfo(np.float32).max)
 _FLOATING = {"F64", "F32", "F16", "BF16"}
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
@@ -192,12 +193,19 @@ def _sort_tensors(
         else:
             name = path.removeprefix(f"{base.prefix}.")
             _check_param(key, name, tensor, base, head)
+            if name in params:
+                _refuse("DUPLICATE_TENSOR", key, "gives a parameter of the head under a second name")
             params[name] = tensor
     sites = [_site_weights(module, pair, config, base) for module, pair in pairs.items()]
     if not sites:
         _refuse("NO_LORA", "", "has no lora_A and lora_B tensors: the adapter adapts nothing")
     if len({weights.site.index for weights in sites}) != len(sites):
         _refuse("DUPLICATE_TENSOR", "", "adapts one module under two names")
+    adapted = {weights.site.index for weights in sites}
+    for site in base.sites:  # a pooler may be in modules_to_save instead
+        if not site.per_sequence and site.index not in adapted and config.names_as_target(f"{base.prefix}.{site.name}"):
+            missing = f"{_KEY_PREFIX}{base.prefix}.{site.name}.lora_A.weight"
+            _refuse("MISSING_TENSOR", missing, f"is missing; target_modules of {CONFIG_FILE} names the module")
     return tuple(sorted(sites, key=lambda weights: weights.site.index)), params
 
 
@@ -223,7 +231,11 @@ def _site_weights(module: str, pair: dict[str, Array], config: LoraConfig, base:
         if tuple(tensor.shape) != shape:
             message = f"has shape {list(tensor.shape)}, {list(shape)} is needed by the config and the base"
             _refuse("SHAPE_MISMATCH", f"{where}.lora_{which}.weight", message)
-    return SiteWeights(site, a, b, config.scaling(module))
+    scaling = config.scaling(module)
+    if abs(scaling) > _MAX_FLOAT32:
+        message = f"lora_alpha gives {where} a scaling of {scaling:g}, beyond the range of float32"
+        raise AdapterRejected("CONFIG_INVALID", CONFIG_FILE, message)
+    return SiteWeights(site, a, b, scaling)
 
 
 def _check_param(key: str, name: str, tensor: Array, base: BaseSpec, head: HeadSpec) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from lora_runtime.adapters.metadata import describe_validation, read_json_object
+from lora_runtime.adapters.patterns import PatternTable
 from lora_runtime.errors import AdapterRejected
 
 CONFIG_FILE = "adapter_config.json"
@@ -39,35 +39,55 @@ _IGNORED = {
     "velora_config",
 }  # fmt: skip
 
+_Rank = Annotated[int, Field(ge=1)]
+_Alpha = Annotated[float, Field(allow_inf_nan=False)]
+
 logger = logging.getLogger(__name__)
 
 
 class LoraConfig(BaseModel):
     """The fields of PEFT's LoraConfig that give each site's rank and scaling.
 
-    Which modules are adapted is read from the tensors' keys, not from `target_modules`.
+    Which modules are adapted is read from the tensors' keys; `target_modules` only tells that some are missing.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
     peft_type: str
-    r: int = Field(ge=1)
-    lora_alpha: float = Field(allow_inf_nan=False)
+    r: _Rank
+    lora_alpha: _Alpha
     use_rslora: bool = False
     fan_in_fan_out: bool = False
-    rank_pattern: dict[str, int] = Field(default_factory=dict[str, int])
-    alpha_pattern: dict[str, float] = Field(default_factory=dict[str, float])
+    rank_pattern: dict[str, _Rank] = Field(default_factory=dict[str, int])
+    alpha_pattern: dict[str, _Alpha] = Field(default_factory=dict[str, float])
+    target_modules: list[str] | str | None = None
     init_lora_weights: bool | str | None = True
     base_model_name_or_path: str | None = None
     task_type: str | None = None
 
+    _ranks: PatternTable[int] = PrivateAttr()
+    _alphas: PatternTable[float] = PrivateAttr()
+
+    def model_post_init(self, context: Any, /) -> None:
+        del context
+        self._ranks = PatternTable(CONFIG_FILE, "rank_pattern", self.rank_pattern)
+        self._alphas = PatternTable(CONFIG_FILE, "alpha_pattern", self.alpha_pattern)
+
+    def names_as_target(self, module: str) -> bool:
+        """Whether `target_modules` lists the module by name; False where a pattern or another field decides."""
+        others = self.model_extra or {}
+        narrowed = others.get("exclude_modules") or others.get("layers_to_transform") is not None
+        if narrowed or not isinstance(self.target_modules, list):
+            return False
+        return any(module == target or module.endswith(f".{target}") for target in self.target_modules)
+
     def rank(self, module: str) -> int:
         """The rank promised for a module path, by the first pattern that matches."""
-        return int(_first_match(self.rank_pattern, module, self.r))
+        return self._ranks.lookup(module, self.r)
 
     def scaling(self, module: str) -> float:
         """alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023, arXiv:2312.03732)."""
-        alpha = _first_match(self.alpha_pattern, module, self.lora_alpha)
+        alpha = self._alphas.lookup(module, self.lora_alpha)
         rank = self.rank(module)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
@@ -112,16 +132,5 @@ def _refuse_unsupported(raw: dict[str, Any], config: LoraConfig) -> None:
         )
     known = set(LoraConfig.model_fields) | set(_MUST_BE_OFF) | _IGNORED
     if unknown := sorted(set(raw) - known):
-        logger.warning("%s has unknown fields, which are ignored: %s", CONFIG_FILE, ", ".join(unknown))
-
-
-def _first_match(patterns: dict[str, Any], module: str, default: float) -> float:
-    """PEFT's rule: the first pattern, in file order, that matches a suffix of the module path."""
-    for pattern, value in patterns.items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        except re.error as error:
-            where = f"{CONFIG_FILE} pattern {pattern!r}"
-            raise AdapterRejected("CONFIG_INVALID", where, f"is not a regular expression ({error})") from error
-    return default
+        shown = ", ".join(field[:40] for field in unknown[:10])
+        logger.warning("%s has %d unknown fields, which are ignored: %s", CONFIG_FILE, len(unknown), shown)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -17,6 +17,9 @@ from lora_runtime.types import ProblemType, Task
 
 METADATA_FILE = "multilora.json"
 MAX_JSON_BYTES = 4 << 20
+MAX_TOKENS = (1 << 31) - 1  # what the protocol can say
+
+Label = Annotated[str, Field(max_length=256)]
 
 
 class BaseFingerprint(BaseModel):
@@ -43,8 +46,8 @@ class AdapterMetadata(BaseModel):
     format: Literal[1] = 1
     task: Task
     problem_type: ProblemType = ProblemType.SINGLE_LABEL
-    labels: tuple[str, ...] = Field(min_length=1)  # in the order of the head's rows
-    max_length: int | None = Field(default=None, ge=1)  # tokens, special ones included
+    labels: tuple[Label, ...] = Field(min_length=1)  # in the order of the head's rows
+    max_length: int | None = Field(default=None, ge=1, le=MAX_TOKENS)  # tokens, special ones included
     pad_token_id: int | None = Field(default=None, ge=0)
     base_model_name: str | None = None
     base: BaseFingerprint | None = None

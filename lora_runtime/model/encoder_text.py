@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_runtime.errors import TextTooLong
+from lora_runtime.errors import InvalidRequest, TextTooLong
 from lora_runtime.types import TokenSequence
 
 
@@ -30,6 +30,7 @@ class TextEncoder:
     ) -> tuple[TokenSequence, ...]:
         """Tokenise (text, pair or None) each; raises TextTooLong on field `inputs[i].text` unless `truncate`.
 
+        InvalidRequest when even truncation leaves more tokens than the adapter allows.
         Truncation takes tokens from the longer of a pair, as transformers' `longest_first`.
         """
         limit = min(self.max_length, max_length or self.max_length)
@@ -42,6 +43,10 @@ class TextEncoder:
                 if not truncate:
                     raise TextTooLong(f"inputs[{i}].text", len(encoding["input_ids"]), limit)
                 encoding = tokenizer(text, pair, truncation="longest_first", max_length=limit)
+                if len(encoding["input_ids"]) > limit:  # tokenizers give up where nothing of the text would remain
+                    raise InvalidRequest(
+                        f"inputs[{i}].text", f"cannot be cut to {limit} tokens: special tokens alone need as many"
+                    )
             types = encoding.get("token_type_ids")
             sequences.append(
                 TokenSequence(tuple(encoding["input_ids"]), None if types is None else tuple(types), truncated)

@@ -62,6 +62,8 @@ def load_base(name_or_path: str | Path) -> BaseModel:
 
 def _from_pretrained(name_or_path: str | Path, name: str) -> tuple[Any, set[str], PreTrainedTokenizerBase]:
     """The task class, the parameters its checkpoint lacks, and the tokenizer."""
+    if str(name_or_path).startswith(("/", ".", "~")) and not Path(name_or_path).is_dir():
+        raise BaseModelUnsupported(f"base {name_or_path}: is not a folder", base=str(name_or_path))
     if (Path(name_or_path) / CONFIG_FILE).exists():
         raise BaseModelUnsupported(
             f"base {name}: the folder holds an adapter; give the base it was trained on", base=name

@@ -22,7 +22,7 @@ class ServerProcess:
     """Started on free loopback ports; SERVING once entered, stopped by SIGTERM when left unless kept."""
 
     def __init__(self, base: str, adapters: Path, threads: int, port: int | None = None) -> None:
-        self.port, self.metrics_port = port or _free_port(), _free_port()
+        self.port, self.metrics_port = _free_port(port or 0), _free_port()
         self.log = adapters.parent / "server.log"
         self._command = [
             sys.executable, "-c", "from server.cli import app; app()", "serve", "--base", base,
@@ -86,7 +86,11 @@ class ServerProcess:
         raise ServerDidNotStart("the server did not start: " + " | ".join(last))
 
 
-def _free_port() -> int:
+def _free_port(wanted: int = 0) -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", wanted))
+        except OSError as error:
+            raise ServerDidNotStart(f"--port: 127.0.0.1:{wanted} is in use; choose another") from error
         return int(probe.getsockname()[1])

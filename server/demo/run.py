@@ -37,15 +37,16 @@ def run_demo(
     base: str, folder: Path, threads: int, stream_seconds: float, port: int | None, keep: bool, console: Console
 ) -> None:
     """Everything is written under `folder`. With `keep`, returns when the server is stopped by hand."""
+    server_at = ServerProcess(base, folder / "adapters", threads, port)  # a port in use is found before training
     console.rule("1. train three adapters on one base, each with labels of its own")
     trained = [_train(name, base, folder, threads, console) for name in SAMPLE_NAMES]
     console.rule("2. start the server, without adapters")
     root = folder / "adapters"
     root.mkdir()
     with ExitStack() as stack:
-        server = stack.enter_context(ServerProcess(base, root, threads, port))
+        server = stack.enter_context(server_at)
         console.print(f"multilora serve is SERVING on {server.target}, metrics on {server.metrics_url}")
-        console.rule("3. load the adapters over gRPC while it runs, and ask each for its held-out rows")
+        console.rule("3. load the adapters over gRPC while it runs")
         served = [asyncio.run(_serve(server, item, root, console)) for item in trained]
         console.rule(f"4. a mixed stream for {stream_seconds:.0f} seconds, a text per request")
         stream = asyncio.run(_stream(server, served, stream_seconds))
@@ -53,12 +54,12 @@ def run_demo(
             raise OutputsDiffer(f"{stream.wrong} answers of the mixed stream differ from the adapter's own")
         if not keep:
             stack.close()  # the ratio is measured with the machine to itself
-        console.rule("5. the same texts without a server: mixed batches against the base alone")
+        console.rule("5. mixed batches against the base alone, without a server")
         work = [(root / item.trained.name, [row.text for row in item.trained.sample.test]) for item in served]
         with ProcessPoolExecutor(1, get_context("spawn")) as alone:  # training has left threads of its own here
             share = alone.submit(measure_base_share, base, work, threads).result()
         print_table(console, served, stream, share)
-        print_calls(console, server.target, served[0].trained.name, server.metrics_url, keep)
+        print_calls(console, served[0].trained.name, server if keep else None)
         if keep:
             _wait(server, console)
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from server.bench.measure import Spread
+from server.demo.process import ServerProcess
 from server.demo.traffic import Stream
 from server.demo.training import Trained
 
@@ -44,11 +45,10 @@ def print_table(console: Console, served: Sequence[_Served], stream: Stream, sha
     )
 
 
-def print_calls(console: Console, target: str, adapter: str, metrics_url: str, running: bool) -> None:
-    """How to call the server by hand."""
+def print_calls(console: Console, adapter: str, server: ServerProcess | None) -> None:
+    """How to call the server by hand: the one that runs, or one that is left running the next time."""
     console.rule("call it by hand")
-    if not running:
-        console.print("start the demo with --keep to leave the server running, then:\n")
+    target = "127.0.0.1:50051" if server is None else server.target
     request = f'{{"adapter": "{adapter}", "inputs": [{{"text": "You won a prize, call now"}}], "top_k": 1}}'
     python = f"""\
 import grpc
@@ -57,9 +57,11 @@ from server.pb.multilora.v1 import inference_pb2, inference_pb2_grpc
 stub = inference_pb2_grpc.InferenceServiceStub(grpc.insecure_channel("{target}"))
 text = inference_pb2.TextInput(text="You won a prize, call now")
 print(stub.Classify(inference_pb2.ClassifyRequest(adapter="{adapter}", inputs=[text])))"""
+    before = ("multilora demo --keep --port 50051   # leaves the server running; then:", "")
     lines = (
+        *(before if server is None else ()),
         f"grpcurl -plaintext -d '{request}' {target} multilora.v1.InferenceService/Classify",
-        f"curl {metrics_url}",
+        *(() if server is None else (f"curl {server.metrics_url}",)),
         "",
         "or in Python:",
         "",

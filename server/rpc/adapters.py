@@ -107,17 +107,25 @@ def source_folder(root: Path, source: str) -> Path:
     """
     parts = PurePosixPath(source)
     if not source or "\0" in source or parts.is_absolute() or ".." in parts.parts or not parts.parts:
-        raise InvalidRequest("source", "is not a relative path inside the server's adapter root")
+        raise InvalidRequest(
+            "source", f"{source[:200]!r} is not a relative path; name a folder under the server's adapter root"
+        )
     try:
         folder = (root / parts).resolve()
         inside = folder.is_relative_to(root) and folder != root
         found = inside and folder.is_dir()
     except (OSError, RuntimeError) as error:  # a name too long, a loop of links
-        raise InvalidRequest("source", "is not a readable folder under the server's adapter root") from error
+        raise InvalidRequest(
+            "source", f"{source[:200]!r} is not a readable folder under the server's adapter root"
+        ) from error
     if not inside:
-        raise InvalidRequest("source", "leads out of the server's adapter root")
+        raise InvalidRequest(
+            "source", f"{source[:200]!r} leads out of the server's adapter root; copy the folder into it"
+        )
     if not found:
-        raise InvalidRequest("source", "is not a folder under the server's adapter root")
+        raise InvalidRequest(
+            "source", f"{source[:200]!r} is not a folder under the server's adapter root; put the adapter there first"
+        )
     return folder
 
 

@@ -24,6 +24,7 @@ CODES: dict[type[errors.MultiloraError], grpc.StatusCode] = {
     errors.AdapterAlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
     errors.AdapterRejected: grpc.StatusCode.FAILED_PRECONDITION,
     errors.AdapterFailed: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.AnswerNotFinite: grpc.StatusCode.FAILED_PRECONDITION,
     errors.TaskMismatch: grpc.StatusCode.FAILED_PRECONDITION,
     errors.BaseModelUnsupported: grpc.StatusCode.FAILED_PRECONDITION,
     errors.CapacityExceeded: grpc.StatusCode.RESOURCE_EXHAUSTED,

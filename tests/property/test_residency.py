@@ -150,5 +150,26 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.residency.check_integrity()
 
 
+def test_small_adapters_do_not_overtake_a_large_one_that_waits_for_copies_to_end() -> None:
+    machine = ResidencyMachine()
+    tiny, small, medium, large = (AdapterId("default", f"a{i}", 1) for i in range(4))
+
+    def fetch(*adapters: AdapterId) -> None:
+        for adapter in adapters:
+            machine.load(adapter)
+            machine.residency.handle(machine.loader.jobs.pop()[1]())
+        machine.between_steps()
+
+    fetch(medium, small)
+    assert {machine.states[medium], machine.states[small]} == {AdapterState.COPYING}
+    fetch(large, tiny)
+    assert {machine.states[large], machine.states[tiny]} == {AdapterState.HOST}, "a tiny one overtook"
+    while machine.loader.jobs:
+        machine.residency.handle(machine.loader.jobs.pop()[1]())
+    machine.between_steps()
+    assert {machine.states[large], machine.states[tiny]} == {AdapterState.COPYING}
+    machine.teardown()
+
+
 TestResidency = ResidencyMachine.TestCase
 TestResidency.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)

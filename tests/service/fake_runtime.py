@@ -82,6 +82,7 @@ class FakeEngine:
         self._adapters: dict[AdapterId, AdapterInfo] = {}
         self._observers: list[EngineObserver] = []
         self._requests: queue.Queue[tuple[Request, Future[Result]] | None] = queue.Queue()
+        self.ended: Future[None] = Future()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
@@ -115,6 +116,8 @@ class FakeEngine:
         self.gate.set()
         self._requests.put(None)
         self._thread.join()
+        if not self.ended.done():
+            self.ended.set_result(None)
 
     def _register(self, adapter: AdapterId, path: Path, *, keep_failed: bool) -> AdapterInfo:
         if adapter in self._adapters:

@@ -59,7 +59,7 @@ async def test_a_load_that_is_refused_says_why_and_is_remembered(server: Harness
     failure = await failure_of(server.adapters.LoadAdapter(pb.LoadAdapterRequest(adapter="nan", wait=True)))
     assert failure.code is grpc.StatusCode.FAILED_PRECONDITION
     assert "NaN" in failure.message
-    assert (await get(server, "nan")).failure.message == failure.message.partition("loaded: ")[2]
+    assert (await get(server, "nan")).failure.message in failure.message
 
 
 async def test_unloading_tells_what_it_freed_and_the_next_request_loads_again(server: Harness) -> None:

@@ -11,7 +11,8 @@ import grpc
 import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from server.app import SERVICES
+from lora_runtime.errors import EngineStopped
+from server.app import SERVICES, EngineFailed
 from server.pb.multilora.v1 import adapters_pb2
 from server.startup import StartupError
 from tests.service.harness import Harness, HealthStatus, classify_request, failure_of, running
@@ -101,3 +102,34 @@ async def test_reflection_lists_the_services(server: Harness) -> None:
     async for reply in stub.ServerReflectionInfo(ask()):
         names = {service.name for service in reply.list_services_response.service}
         assert {*SERVICES, "grpc.health.v1.Health"} <= names
+
+
+async def test_a_server_whose_engine_failed_ends_with_an_error(adapter_root: Path) -> None:
+    async def fail(server: Harness) -> None:
+        assert server.runtime is not None
+        server.engine.ended.set_exception(EngineStopped("the engine failed"))
+        async with asyncio.timeout(10):
+            while not server.runtime.closed:
+                await asyncio.sleep(0.01)
+
+    life = running(adapter_root)
+    await fail(await life.__aenter__())
+    with pytest.raises(EngineFailed, match="the log has the cause"):
+        await life.__aexit__(None, None, None)
+
+
+async def test_a_folder_that_cannot_be_looked_into_is_skipped(
+    adapter_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as lost+found at the root of a volume; tests may run as root, whom no mode stops."""
+    is_file = Path.is_file
+
+    def guarded(path: Path) -> bool:
+        if path.parent.name == "lost+found":
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    (adapter_root / "lost+found").mkdir()
+    monkeypatch.setattr(Path, "is_file", guarded)
+    async with running(adapter_root) as server:
+        assert "5 registered" in server.announced[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,34 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "PiSSA": (lambda f: change_config(f, init_lora_weights="pissa"), "FEATURE_UNSUPPORTED", "pissa"),
     "another task": (lambda f: change_config(f, task_type="CAUSAL_LM"), "TASK_UNSUPPORTED", "CAUSAL_LM"),
     "a broken pattern": (lambda f: change_config(f, rank_pattern={"(": 4}), "CONFIG_INVALID", "regular expression"),
+    "a pattern too long": (
+        lambda f: change_config(f, rank_pattern={"a" * 1001: 4}),
+        "CONFIG_INVALID",
+        "the limit is 1000",
+    ),
+    "a rank of a pattern zero": (lambda f: change_config(f, rank_pattern={"x": 0}), "CONFIG_INVALID", "rank_pattern"),
+    "an alpha of a pattern NaN": (
+        lambda f: change_config(f, alpha_pattern={"query": float("nan")}),
+        "CONFIG_INVALID",
+        "alpha_pattern",
+    ),
+    "an alpha that overflows": (lambda f: change_config(f, lora_alpha=1e300), "CONFIG_INVALID", "float32"),
+    "an alpha beyond a float": (lambda f: change_config(f, lora_alpha=10**400), "CONFIG_INVALID", "lora_alpha"),
+    "a target without tensors": (
+        lambda f: change_tensors(f, lambda t: [t.pop(f"{QUERY}.lora_{w}.weight") for w in "AB"]),
+        "MISSING_TENSOR",
+        "target_modules",
+    ),
+    "a head under two names": (
+        lambda f: change_tensors(f, lambda t: t.update({"base_model.model.bert.classifier.bias": torch.ones(3)})),
+        "DUPLICATE_TENSOR",
+        "second name",
+    ),
+    "a length beyond the protocol": (
+        lambda f: (f / "multilora.json").write_text('{"task": "classify", "labels": ["a"], "max_length": 4294967296}'),
+        "METADATA_INVALID",
+        "max_length",
+    ),
     "rank of the config wrong": (lambda f: change_config(f, r=5), "SHAPE_MISMATCH", "lora_A"),
     "a NaN": (
         lambda f: change_tensors(f, lambda t: t[f"{QUERY}.lora_A.weight"].view(-1)[3].fill_(float("nan"))),
@@ -289,11 +318,82 @@ def test_digests_of_the_metadata_are_verified(folder: Path, base: BaseSpec) -> N
     assert read(folder, base).card.labels == ("a", "b", "c")
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"id2label": {"0": "a", "2": "b"}}, "without a gap"),
+        ({"id2label": {"-1": "a", "0": "b"}}, "without a gap"),
+        ({"id2label": {"0": "a", "1": "a"}}, "twice"),
+        ({"id2label": {"0": "a", "1": "x" * 5000}}, "256 characters"),
+        ({"id2label": {"0": "a", "1": "\ud800"}}, "unicode"),
+        ({"id2label": {"0": "a", "one": "b"}}, "integer"),
+        ({"problem_type": ["single_label_classification"]}, "problem_type"),
+    ],
+)
+def test_a_model_config_that_names_no_label_for_each_row_is_refused(
+    folder: Path, content: dict[str, Any], words: str
+) -> None:
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(AdapterRejected, match=words) as caught:
+        read_card(folder)
+    assert caught.value.code == "CONFIG_INVALID"
+
+
+def test_one_row_is_a_regression_unless_the_files_say_otherwise(folder: Path, base: BaseSpec) -> None:
+    def one_row(tensors: dict[str, torch.Tensor]) -> None:
+        for name in ("weight", "bias"):
+            tensors[f"base_model.model.classifier.{name}"] = tensors[f"base_model.model.classifier.{name}"][:1].clone()
+
+    change_tensors(folder, one_row)
+    assert read(folder, base).card.problem_type is ProblemType.REGRESSION
+    (folder / "config.json").write_text('{"problem_type": "multi_label_classification"}')
+    assert read(folder, base).card.problem_type is ProblemType.MULTI_LABEL
+
+
+def test_a_pattern_that_would_take_for_ever_is_refused_in_seconds(
+    folder: Path, base: BaseSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_runtime.adapters.patterns.MATCHING_SECONDS", 0.2)
+    change_config(folder, rank_pattern={r"(.|\w)" * 24 + r"\d\d\d": 4})
+    started = time.monotonic()
+    assert "takes more than" in refusal(folder, base).message
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("name", ["multilora.json", "config.json", CONFIG])
+def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(folder: Path, base: BaseSpec, name: str) -> None:
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    assert refusal(folder, base).code == "NOT_A_FILE"
+
+
+def test_a_loop_of_links_is_refused(folder: Path, base: BaseSpec) -> None:
+    os.symlink("multilora.json", folder / "multilora.json")
+    assert refusal(folder, base).code == "LINK_OUT_OF_FOLDER"
+
+
+def test_the_name_of_the_base_is_not_a_path_of_the_machine_that_trained(folder: Path) -> None:
+    for written, name in (("/home/me/bert-base", "bert-base"), ("org/bert-base", "org/bert-base")):
+        change_config(folder, base_model_name_or_path=written)
+        assert read_card(folder).base_model_name == name
+
+
+def test_a_reason_is_printable_and_short_whatever_the_files_hold(folder: Path, base: BaseSpec) -> None:
+    data = (folder / WEIGHTS).read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    entry = '{"dtype":"I8","shape":[0],"data_offsets":[0,0]}'
+    header = ('{"\\ud800\\n' + "x" * 10_000 + f'":{entry},' + data[9 : 8 + length].decode()).encode()
+    (folder / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+    message = refusal(folder, base).message
+    assert message.isprintable()
+    assert len(message) <= 2000
+
+
 def test_labels_come_from_a_model_config_beside_the_adapter(folder: Path) -> None:
-    model_config = {"id2label": {"1": "two", "0": "one", "10": "three"}, "problem_type": "multi_label_classification"}
-    (folder / "config.json").write_text(json.dumps(model_config))
+    rows = {str(row): f"row {row}" for row in (10, *range(10))}
+    (folder / "config.json").write_text(json.dumps({"id2label": rows, "problem_type": "multi_label_classification"}))
     card = read_card(folder)
-    assert card.labels == ("one", "two", "three")
+    assert card.labels == tuple(f"row {row}" for row in range(11))
     assert card.problem_type is ProblemType.MULTI_LABEL
 
 

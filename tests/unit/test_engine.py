@@ -19,8 +19,10 @@ from lora_runtime.errors import (
     AdapterFailed,
     AdapterNotFound,
     AdapterRejected,
+    AnswerNotFinite,
     DeadlineExpired,
     EngineStopped,
+    InvalidRequest,
     MultiloraError,
     RequestCancelled,
 )
@@ -192,6 +194,19 @@ def test_a_refused_adapter_fails_its_requests_with_the_reason_and_nobody_elses(
     assert rig.engine.load(adapter_id(1)).result(5).state is AdapterState.READY
 
 
+def test_the_wait_for_the_running_batch_counts_as_queue_time(make: Callable[..., Rig]) -> None:
+    rig = make()
+    rig.engine.load(adapter_id(0)).result(5)
+    rig.runner.gate.clear()
+    first = rig.engine.submit(rig.request(0))
+    time.sleep(0.05)
+    second = rig.engine.submit(rig.request(0))
+    time.sleep(0.2)
+    rig.runner.gate.set()
+    assert first.result(5).timings.forward_s > 0.2
+    assert second.result(5).timings.queue_s > 0.19
+
+
 def test_a_version_is_immutable(make: Callable[..., Rig], tmp_path: Path) -> None:
     import shutil
 
@@ -333,3 +348,77 @@ def test_loads_and_unloads_in_a_loop_while_clients_ask_lose_nothing(make: Callab
     churner.join()
     assert not wrong
     assert len(rig.recorder.results) == 16 * 60, "each request has exactly one terminal reply"
+
+
+def test_an_engine_that_fails_answers_everybody_and_says_that_it_ended(
+    make: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = make()
+    rig.engine.load(adapter_id(0)).result(5)
+    rig.runner.gate.clear()
+    futures = [rig.engine.submit(rig.request(0)) for _ in range(3)]
+    time.sleep(0.1)
+    futures += [rig.engine.submit(rig.request(n)) for n in range(3)]
+
+    def broken(*_: object) -> object:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("lora_runtime.engine.scores_of", broken)
+    rig.runner.gate.set()
+    for future in futures:
+        with pytest.raises(EngineStopped):
+            future.result(5)
+    with pytest.raises(EngineStopped, match="failed"):
+        rig.engine.ended.result(5)
+    with pytest.raises(EngineStopped):
+        rig.engine.submit(rig.request(0)).result(5)
+    with pytest.raises(EngineStopped):
+        rig.engine.load(adapter_id(1)).result(5)
+    assert len(rig.recorder.results) == len(futures)
+
+
+def test_a_caller_that_cancels_its_future_disturbs_nobody(make: Callable[..., Rig]) -> None:
+    rig = make()
+    for operation in (rig.engine.load, rig.engine.unload):
+        future = operation(adapter_id(0))
+        future.cancel()
+    rig.engine.submit(rig.request(1)).cancel()
+    assert rig.engine.submit(rig.request(0)).result(5)
+    assert rig.engine.load(adapter_id(1)).result(5)
+    rig.engine.check_integrity()
+
+
+def test_a_request_without_sequences_or_tokens_or_with_a_known_id_is_refused(make: Callable[..., Rig]) -> None:
+    rig = make()
+    for lengths in ((), (3, 0)):
+        with pytest.raises(InvalidRequest):
+            rig.engine.submit(rig.request(0, lengths)).result(5)
+    rig.engine.load(adapter_id(0)).result(5)
+    rig.runner.gate.clear()
+    request = rig.request(0)
+    first, second = rig.engine.submit(request), rig.engine.submit(request)
+    time.sleep(0.1)
+    rig.runner.gate.set()
+    outcomes = [future.exception(5) for future in (first, second)]
+    assert outcomes[0] is None
+    assert outcomes[1] is None or isinstance(outcomes[1], InvalidRequest)
+
+
+def test_logits_that_overflow_fail_their_own_request_alone(make: Callable[..., Rig], tmp_path: Path) -> None:
+    rig = make()
+    weights = tmp_path / "a1" / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(weights)
+    tensors["base_model.model.classifier.bias"].fill_(3e38)
+    safetensors.torch.save_file(tensors, weights)
+    rig.runner.scale = 1.5
+    for number in range(2):
+        rig.engine.load(adapter_id(number)).result(5)
+    rig.runner.gate.clear()
+    rig.engine.submit(rig.request(0))
+    time.sleep(0.1)
+    good, bad = rig.engine.submit(rig.request(0)), rig.engine.submit(rig.request(1, (3, 4)))
+    rig.runner.gate.set()
+    with pytest.raises(AnswerNotFinite, match=r"default/a1@1.*inputs\[0\]"):
+        bad.result(5)
+    assert good.result(5).outputs[0].logits == (4.5, 5.25)
+    assert rig.engine.submit(rig.request(0)).result(5)

@@ -17,6 +17,7 @@ SAMPLES: list[errors.MultiloraError] = [
     errors.AdapterRejected("NOT_FINITE", "adapter_model.safetensors", "has a NaN"),
     errors.AdapterFailed("default/news@1", errors.AdapterRejected("X", "y", "z")),
     errors.TaskMismatch("default/news@1", "embed", "classify"),
+    errors.AnswerNotFinite("default/news@1", 3),
     errors.BaseModelUnsupported("no"),
     errors.CapacityExceeded("full"),
     errors.DeadlineExpired("late"),

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lora_runtime.errors import (
     AdapterAlreadyExists,
+    AdapterFailed,
     AdapterNotFound,
     AdapterRejected,
     BaseModelUnsupported,
@@ -80,6 +83,14 @@ def test_a_text_beyond_the_base_is_refused_or_cut(runtime: Runtime) -> None:
     assert runtime.classify("news", [long], truncate=True)
 
 
+@pytest.mark.parametrize(("limit", "pair"), [(1, None), (2, "word " * 9)])
+def test_a_text_that_cannot_be_cut_short_enough_is_refused(runtime: Runtime, limit: int, pair: str | None) -> None:
+    """Tokenizers return it whole then: beyond the base's positions, it would fail the whole batch."""
+    with pytest.raises(InvalidRequest, match="special tokens") as caught:
+        runtime.encoder.encode([("word " * 100, pair)], max_length=limit, truncate=True)
+    assert caught.value.field == "inputs[0].text"
+
+
 def test_a_closed_runtime_refuses(root: Path, tiny_bert: Path) -> None:
     with Runtime(tiny_bert) as runtime:
         runtime.load(root / "news")
@@ -124,3 +135,25 @@ def test_only_the_engine_has_a_team_of_compute_threads(encoder_path: Path, tmp_p
     before, loaded, computed = map(int, done.stdout.split())
     assert loaded == before + 1, "a load starts the loader's one thread and no others"
     assert computed == loaded + 1, "the forward pass starts the engine's one helper (2 threads) and no others"
+
+
+def test_a_refused_folder_can_be_mended_and_loaded_again(runtime: Runtime, root: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(root / "news", tmp_path / "mended"))
+    weights = folder / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-8])
+    with pytest.raises(AdapterFailed, match="mend it and load it again"):
+        runtime.load(folder)
+    weights.write_bytes(whole)
+    assert runtime.load(folder).state == "READY"
+    assert runtime.classify("mended", ["one"])
+
+
+@pytest.mark.parametrize("texts", ["one string", [3], [None], [("a", "b", "c")]])
+def test_what_is_no_text_is_refused_with_its_place(runtime: Runtime, texts: Any) -> None:
+    with pytest.raises(InvalidRequest, match="texts"):
+        runtime.classify("news", texts)
+
+
+def test_the_name_in_a_message_can_be_used_in_a_request(runtime: Runtime) -> None:
+    assert runtime.classify("default/mail@3", ["one"]) == runtime.classify("mail@3", ["one"])
