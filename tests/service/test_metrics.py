@@ -46,7 +46,7 @@ async def test_adapters_are_counted_by_state_and_bytes(server: Harness) -> None:
     assert await server.sample("multilora_adapter_load_seconds_count") == 1
     await server.adapters.UnloadAdapter(adapters_pb2.UnloadAdapterRequest(adapter="spam"))
     assert await server.sample("multilora_arena_used_bytes") == 0
-    failures = 'multilora_adapter_load_failures_total{reason="ADAPTER_REJECTED"}'
+    failures = 'multilora_adapter_load_failures_total{reason="JSON_INVALID"}'
     assert await server.sample(failures) == 1
 
 
