@@ -84,9 +84,14 @@ class Scheduler:
         return tuple(self._queues)
 
     def finish(self, ticket: Ticket) -> None:
-        """Forget a request that has had its terminal reply; a queued one is dropped when its turn comes."""
+        """Forget a request that has had its terminal reply; one that still waits leaves its queue."""
         ticket.done = True
         self._tickets.pop(ticket.request.request_id, None)
+        queue = self._queues.get(ticket.adapter)
+        if queue and ticket.num_left:
+            queue.remove(ticket)
+            if not queue:
+                del self._queues[ticket.adapter]
 
     def expired(self, now: float) -> list[Ticket]:
         """Requests whose deadline has passed, started or not."""
@@ -116,9 +121,9 @@ class Scheduler:
         return [adapter for adapter in list(self._queues) if self._head(adapter) is not None]
 
     def _head(self, adapter: AdapterId) -> Ticket | None:
-        """The oldest request of an adapter with a sequence left; finished ones go, an empty queue too."""
+        """The oldest request of an adapter with a sequence left; those that have none go, an empty queue too."""
         queue = self._queues[adapter]
-        while queue and (queue[0].done or not queue[0].num_left):
+        while queue and not queue[0].num_left:
             queue.popleft()
         if not queue:
             del self._queues[adapter]

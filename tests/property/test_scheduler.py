@@ -70,6 +70,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def nothing_lost(self) -> None:
         assert {t.arrival for t in self.scheduler.open_tickets()} == set(self.tickets)
+        waiting = {t.arrival for a in ADAPTERS for t in self.scheduler.waiting_for(a) if t.num_left}
+        assert waiting == {a for a, left in self.left.items() if left}, (
+            "a queue keeps what has gone, or lost what waits"
+        )
 
     def forget(self, arrival: int) -> None:
         self.scheduler.finish(self.tickets.pop(arrival))

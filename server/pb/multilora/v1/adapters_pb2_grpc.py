@@ -81,7 +81,7 @@ class AdapterServiceServicer:
         """Loads an adapter into device memory, so that its first request does not wait. Loading a resident adapter
         does nothing.
 
-        Errors: NOT_FOUND, FAILED_PRECONDITION (its files are refused), RESOURCE_EXHAUSTED (no room for it).
+        Errors: NOT_FOUND, FAILED_PRECONDITION (its files are refused, or it is larger than the whole arena).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -44,7 +44,7 @@ class AdapterServiceStub:
     """Loads an adapter into device memory, so that its first request does not wait. Loading a resident adapter
     does nothing.
 
-    Errors: NOT_FOUND, FAILED_PRECONDITION (its files are refused), RESOURCE_EXHAUSTED (no room for it).
+    Errors: NOT_FOUND, FAILED_PRECONDITION (its files are refused, or it is larger than the whole arena).
     """
     UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.UnloadAdapterRequest, _adapters_pb2.UnloadAdapterResponse]
     """Takes an adapter out of device memory once the batches that use it are done. It stays registered, and its
@@ -79,7 +79,7 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     """Loads an adapter into device memory, so that its first request does not wait. Loading a resident adapter
     does nothing.
 
-    Errors: NOT_FOUND, FAILED_PRECONDITION (its files are refused), RESOURCE_EXHAUSTED (no room for it).
+    Errors: NOT_FOUND, FAILED_PRECONDITION (its files are refused, or it is larger than the whole arena).
     """
     UnloadAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.UnloadAdapterRequest, _adapters_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
     """Takes an adapter out of device memory once the batches that use it are done. It stays registered, and its
@@ -123,7 +123,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         """Loads an adapter into device memory, so that its first request does not wait. Loading a resident adapter
         does nothing.
 
-        Errors: NOT_FOUND, FAILED_PRECONDITION (its files are refused), RESOURCE_EXHAUSTED (no room for it).
+        Errors: NOT_FOUND, FAILED_PRECONDITION (its files are refused, or it is larger than the whole arena).
         """
 
     @_abc_1.abstractmethod
