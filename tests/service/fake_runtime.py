@@ -83,7 +83,7 @@ class FakeEngine:
         self._observers: list[EngineObserver] = []
         self._requests: queue.Queue[tuple[Request, Future[Result]] | None] = queue.Queue()
         self.ended: Future[None] = Future()
-        self._thread = threading.Thread(target=self._run)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     @property
