@@ -175,9 +175,6 @@ class SlotTable:
         self._acquired.remove(slot)
         self._free.append(slot)
 
-    def rank_of(self, slot: int, site: int) -> int:
-        return int(self._rank[slot, site])
-
     def entry(self, slot: int, site: int) -> tuple[int, int, int, float]:
         """(offset of A, offset of B, rank, scaling) of one site of one slot, offsets in arena elements."""
         at = slot, site

@@ -56,10 +56,6 @@ class Batch:
     def num_tokens(self) -> int:
         return len(self.input_ids)
 
-    @property
-    def num_adapters(self) -> int:
-        return len({row.slot for row in self.rows} - {BASE_SLOT})
-
     @classmethod
     def pack(cls, rows: Sequence[Row], device: str = "cpu") -> Batch:
         """Pack rows in the order given."""

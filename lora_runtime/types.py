@@ -203,10 +203,6 @@ class Timings:
     load_wait_s: float  # spent waiting for the adapter to become READY
     forward_s: float  # in batches that carried its sequences, first to last
 
-    @property
-    def total_s(self) -> float:
-        return self.queue_s + self.load_wait_s + self.forward_s
-
 
 @dataclass(frozen=True, slots=True)
 class Result:

@@ -49,7 +49,7 @@ def encoder(
         from server.bench.measure import OutputsDiffer
         from server.bench.texts import default_base, sample_texts
     except ModuleNotFoundError as error:
-        console.print(f"[red]{error.name} is not installed:[/] pip install 'multilora\\[demo]'")
+        console.print(f"[red]{error.name} is not installed:[/] pip install '.\\[demo]' in the repository")
         raise typer.Exit(1) from error
     if targets not in TARGETS:
         raise typer.BadParameter(f"{targets!r} is not one of {', '.join(TARGETS)}", param_hint="--targets")

@@ -35,7 +35,7 @@ def demo(
 
         base = default_base()
     except ModuleNotFoundError as error:
-        console.print(f"[red]{error.name} is not installed:[/] pip install 'multilora\\[demo]'")
+        console.print(f"[red]{error.name} is not installed:[/] pip install '.\\[demo]' in the repository")
         raise typer.Exit(1) from error
     if folder is not None:
         if folder.exists():

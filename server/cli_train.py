@@ -152,6 +152,6 @@ def _targets(text: str) -> tuple[str, ...] | None:
 def _require_training_extra(errors: Console) -> None:
     missing = [name for name in ("peft", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
-        message = f"training needs {' and '.join(missing)}: pip install 'multilora[train]'"
+        message = f"training needs {' and '.join(missing)}: pip install '.[train]' in the repository"
         errors.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True, highlight=False)
         raise typer.Exit(1)

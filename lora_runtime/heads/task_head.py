@@ -50,7 +50,6 @@ class TaskHead:
         self._stub = StubBackbone(children)
         setattr(model, prefix, self._stub)
         self._model = model.eval()
-        self._prefix = prefix
         linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
         self.spec = _head_spec(task, model, prefix, linears, missing)
         self.sequence_linears = {

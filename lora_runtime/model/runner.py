@@ -37,6 +37,7 @@ class PackedRunner:
             outputs = list(hidden.split(step.batch.lengths))
             for task in dict.fromkeys(row.task for row in rows if row.task is not None):
                 self._run_head(task, step, hidden, outputs)
+            step.token_plan.check_current()  # no slot changed hands under the batch
             return outputs
 
     def hidden_states(self, rows: list[Row], *, lora: bool = True) -> torch.Tensor:

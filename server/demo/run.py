@@ -29,7 +29,6 @@ class Served:
 
     trained: Trained
     accuracy: float  # of the held-out rows, over gRPC
-    load_seconds: float
     answers: list[str]
 
 
@@ -78,7 +77,7 @@ async def _serve(server: ServerProcess, item: Trained, root: Path, console: Cons
     answers = await classify(server.target, item.name, [row.text for row in item.sample.test])
     right = accuracy(answers, [row.label for row in item.sample.test])
     console.print(f"{item.name}: loaded in {1000 * seconds:.0f} ms, {len(item.sample.labels)} labels")
-    return Served(item, right, seconds, answers)
+    return Served(item, right, answers)
 
 
 async def _stream(server: ServerProcess, served: list[Served], seconds: float) -> Stream:
