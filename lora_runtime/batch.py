@@ -12,23 +12,68 @@ import torch
 
 from lora_runtime.arena import BASE_SLOT, SlotTable
 from lora_runtime.kernels.grouped_lora import GroupedLora, LoraPlan
-from lora_runtime.types import SiteGroup, Task, TokenSequence
+from lora_runtime.types import AdapterCard, Pooling, ProblemType, SiteGroup, Task, TokenSequence
 
-_NO_PARAMS: Mapping[str, torch.Tensor] = {}
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Extras:
+    """What an adapter changes at one module beside LoRA. Rows of no such adapter are not touched.
+
+    A linear site: `y = gain * y + shift`, after its low-rank delta. An embedding: the row of a token is
+    `gain * (table[id] + embed_a[id] @ embed_b)`, with the rows of `row_ids` taken from `rows`. Any module: `params`
+    replace its parameters of the same names, and it runs again on the adapter's rows.
+    """
+
+    params: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    gain: torch.Tensor | None = None  # [d_out]: DoRA's magnitude over norm
+    shift: torch.Tensor | None = None  # [d_out]: biases of LoRA and replaced biases, as a difference
+    embed_a: torch.Tensor | None = None  # [rows of the table, rank]
+    embed_b: torch.Tensor | None = None  # [rank, d], scaling and embed_scale multiplied in
+    row_ids: torch.Tensor | None = None  # [k] int64, ascending
+    rows: torch.Tensor | None = None  # [k, d]
+
+
+def scale_and_shift(rows: torch.Tensor, stretches: Sequence[tuple[int, int, Extras]]) -> None:
+    """rows [n, d_out], in place: `gain * y + shift` on each stretch (first row, end, extras)."""
+    for start, end, extra in stretches:
+        if extra.gain is not None:
+            rows[start:end].mul_(extra.gain)
+        if extra.shift is not None:
+            rows[start:end].add_(extra.shift)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Resident:
+    """What a batch needs of a READY adapter. Rows that share an adapter share the very object."""
+
+    slot: int  # BASE_SLOT: no LoRA
+    digest: str
+    card: AdapterCard
+    params: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])  # of its head
+    extras: Mapping[str, Extras] = field(default_factory=dict[str, Extras])  # by module path
+    alone: bool = False  # changes a module that the base runs once for all sequences: no other adapter beside it
+
+
+BASE_CARD = AdapterCard(Task.EMBED, None, ProblemType.SINGLE_LABEL, None, None, None)
+NO_ADAPTER = Resident(BASE_SLOT, "", BASE_CARD)
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One sequence of a batch, with what answers it.
-
-    `slot` is the adapter's LoRA, BASE_SLOT for none. `params` are the parameters of its head; rows that share one
-    adapter share the very mapping. `task` None asks for the hidden states alone.
-    """
+    """One sequence of a batch, with what answers it; `task` None asks for the hidden states alone."""
 
     sequence: TokenSequence
-    slot: int = BASE_SLOT
+    resident: Resident = NO_ADAPTER
     task: Task | None = None
-    params: Mapping[str, torch.Tensor] = field(default_factory=lambda: _NO_PARAMS)
+    pooling: Pooling | None = None  # of an EMBED row; None: as the adapter's card says
+
+    @property
+    def slot(self) -> int:
+        return self.resident.slot
+
+    @property
+    def params(self) -> Mapping[str, torch.Tensor]:
+        return self.resident.params
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +87,10 @@ class EqualRun:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Packed sequences; the rows of one adapter are adjacent."""
+    """Packed sequences; the rows of one adapter are adjacent.
+
+    `padded_length` L is set when the base runs them padded, [N, L], because it cannot run them packed.
+    """
 
     rows: tuple[Row, ...]
     input_ids: torch.Tensor  # [T] int64
@@ -51,18 +99,19 @@ class Batch:
     cu_seqlens: torch.Tensor  # [N+1] int32
     lengths: tuple[int, ...]  # [N]
     equal_runs: tuple[EqualRun, ...]
+    padded_length: int | None = None
 
     @property
     def num_tokens(self) -> int:
         return len(self.input_ids)
 
     @classmethod
-    def pack(cls, rows: Sequence[Row], device: str = "cpu") -> Batch:
+    def pack(cls, rows: Sequence[Row], device: str = "cpu", *, padded: bool = False) -> Batch:
         """Pack rows in the order given."""
         assert rows, "a batch has at least one row"
         lengths = tuple(row.sequence.num_tokens for row in rows)
         assert all(lengths), "a sequence has at least one token"
-        types = [row.sequence.token_type_ids or (0,) * n for row, n in zip(rows, lengths, strict=True)]
+        types = [_token_types(row) or (0,) * n for row, n in zip(rows, lengths, strict=True)]
         ends = torch.tensor((0, *lengths)).cumsum(0)
         return cls(
             rows=tuple(rows),
@@ -72,7 +121,12 @@ class Batch:
             cu_seqlens=ends.to(device, torch.int32),
             lengths=lengths,
             equal_runs=_equal_runs(lengths),
+            padded_length=max(lengths) if padded else None,
         )
+
+
+def _token_types(row: Row) -> tuple[int, ...] | None:
+    return row.sequence.token_type_ids if row.resident.card.token_types else None
 
 
 def _equal_runs(lengths: tuple[int, ...]) -> tuple[EqualRun, ...]:
@@ -85,40 +139,103 @@ def _equal_runs(lengths: tuple[int, ...]) -> tuple[EqualRun, ...]:
     return tuple(runs)
 
 
+class Owners:
+    """Which adapter owns which rows of a module's input: the plan of their LoRA, and their extras."""
+
+    def __init__(self, slots: SlotTable, parts: Sequence[tuple[Resident, int, int]], leading: int) -> None:
+        """`parts` are (adapter, rows, of which LoRA leaves out the first); `leading` dimensions make the rows."""
+        counts: list[tuple[int, int]] = []
+        for resident, count, skipped in parts:
+            counts += [(BASE_SLOT, skipped), (resident.slot, count - skipped)]
+        self.plan = LoraPlan.build(slots, counts)
+        self._parts = parts
+        self._leading = leading
+        self._extras: dict[str, tuple[tuple[int, int, Extras], ...]] | None = None
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        """A view of x as [rows, ...]."""
+        return x.flatten(0, self._leading - 1) if self._leading > 1 else x
+
+    def extras(self, path: str) -> tuple[tuple[int, int, Extras], ...]:
+        """(first row, end, what changes) for each stretch of rows whose adapter changes the module at `path`."""
+        if self._extras is None:
+            self._extras = self._find_extras()
+        return self._extras.get(path, ())
+
+    def _find_extras(self) -> dict[str, tuple[tuple[int, int, Extras], ...]]:
+        found: dict[str, list[tuple[int, int, Extras]]] = {}
+        start = 0
+        for resident, same in groupby(self._parts, key=lambda part: part[0]):
+            end = start + sum(count for _, count, _ in same)
+            for path, extras in resident.extras.items():
+                found.setdefault(path, []).append((start, end, extras))
+            start = end
+        return {path: tuple(stretches) for path, stretches in found.items()}
+
+
 class Step:
-    """What the wrapped modules need while one batch runs: its plan, and the shrink that a site group shares."""
+    """What the wrapped modules need while one batch runs: who owns which rows, and the shrink a group shares."""
 
     def __init__(self, batch: Batch, slots: SlotTable, backend: GroupedLora) -> None:
         self.batch = batch
         self.backend = backend
         self.attention_modules: set[int] = set()  # ids of the attention modules that called us, for the probe
         self._slots = slots
-        self._plans: dict[int | None, LoraPlan] = {}
+        self._owners: dict[tuple[str, int], Owners] = {}
         self._shrunk: tuple[int, torch.Tensor, Any] | None = None
 
-    @property
-    def token_plan(self) -> LoraPlan:
-        """Segments over the packed tokens."""
-        return self._plan(None)
+    def owners(self, x: torch.Tensor) -> Owners:
+        """Of the rows of a backbone module's input: tokens [N, L, ...], or what is shared by all sequences."""
+        length = self.batch.padded_length
+        if length is None or tuple(x.shape[:2]) == (len(self.batch.rows), length):
+            return self.tokens
+        return self._shared(x.shape[0] if x.dim() == 2 and x.is_floating_point() else x.shape[:2].numel())
 
-    def sequence_plan(self, rows_per_sequence: int) -> LoraPlan:
-        """Segments over [N * rows_per_sequence] rows of the head stage."""
-        return self._plan(rows_per_sequence)
+    @property
+    def tokens(self) -> Owners:
+        """Of the packed tokens [1, T, ...], or the padded ones [N, L, ...]."""
+        key = "tokens", 0
+        if key not in self._owners:
+            length = self.batch.padded_length
+            counts = self.batch.lengths if length is None else (length,) * len(self.batch.rows)
+            parts = [(row.resident, n, _inactive(row)) for row, n in zip(self.batch.rows, counts, strict=True)]
+            self._owners[key] = Owners(self._slots, parts, leading=2)
+        return self._owners[key]
+
+    def sequences(self, rows_per_sequence: int) -> Owners:
+        """Of [N, ...] in the head stage, or of their [N * rows_per_sequence] rows for LoRA."""
+        key = "sequences", rows_per_sequence
+        if key not in self._owners:
+            parts = [(row.resident, rows_per_sequence, 0) for row in self.batch.rows]
+            self._owners[key] = Owners(self._slots, parts, leading=1)
+        return self._owners[key]
+
+    def _shared(self, num_rows: int) -> Owners:
+        """Rows that all sequences share are an adapter's only where it has the batch to itself."""
+        key = "shared", num_rows
+        if key not in self._owners:
+            first = self.batch.rows[0].resident
+            sole = first if all(row.resident is first for row in self.batch.rows) else NO_ADAPTER
+            self._owners[key] = Owners(self._slots, [(sole, num_rows, 0)], leading=1)
+        return self._owners[key]
 
     def shrink(self, x: torch.Tensor, group: SiteGroup, plan: LoraPlan) -> Any:
         """The group's shrink of `x`, computed by its first site and kept until another input comes."""
         kept = self._shrunk
         if kept is None or kept[0] != group.index or kept[1] is not x:
-            rows = x.view(-1, x.shape[-1])
+            rows = x.reshape(-1, x.shape[-1])
             kept = self._shrunk = group.index, x, self.backend.shrink(rows, group, plan)
         return kept[2]
 
-    def _plan(self, rows_per_sequence: int | None) -> LoraPlan:
-        if rows_per_sequence not in self._plans:
-            counts = self.batch.lengths if rows_per_sequence is None else [rows_per_sequence] * len(self.batch.rows)
-            slots = [row.slot for row in self.batch.rows]
-            self._plans[rows_per_sequence] = LoraPlan.build(self._slots, list(zip(slots, counts, strict=True)))
-        return self._plans[rows_per_sequence]
+
+def _inactive(row: Row) -> int:
+    """Tokens before an aLoRA's last invocation sequence, which it leaves to the base; all when there is none."""
+    invocation = row.resident.card.invocation_tokens
+    if invocation is None:
+        return 0
+    ids, width = row.sequence.input_ids, len(invocation)
+    starts = (at for at in range(len(ids) - width, -1, -1) if ids[at : at + width] == invocation)
+    return next(starts, len(ids))
 
 
 current_step: ContextVar[Step | None] = ContextVar("current_step", default=None)

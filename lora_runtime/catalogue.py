@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Container
 
 from lora_runtime.errors import AdapterAlreadyExists, AdapterNotFound
-from lora_runtime.types import AdapterId, AdapterInfo, AdapterRef
+from lora_runtime.types import BASE_NAME, AdapterId, AdapterInfo, AdapterRef
 
 
 class Catalogue:
     """Snapshots by id. Each change is one assignment of an immutable value, so a reader sees the old or the new."""
 
-    def __init__(self) -> None:
+    def __init__(self, base: AdapterInfo) -> None:
+        """`base` is what the reserved name resolves to, for every tenant; it is in no list."""
+        self._base = base
         self._infos: dict[AdapterId, AdapterInfo] = {}
         self._default: dict[tuple[str, str], int] = {}  # the alias `default`: the first version that was registered
 
     def resolve(self, ref: AdapterRef) -> AdapterInfo:
-        """The adapter a caller means; raises AdapterNotFound, never another adapter or the base."""
+        """The adapter a caller means, the base only by its own name; raises AdapterNotFound, never another adapter."""
+        if ref.name == BASE_NAME and ref.version in (None, self._base.id.version):
+            return self._base
         version = ref.version if ref.version is not None else self._default.get((ref.tenant, ref.name))
         info = None
         if version is not None and (ref.tenant, ref.name) in self._default:
@@ -27,7 +31,7 @@ class Catalogue:
 
     def get(self, adapter: AdapterId) -> AdapterInfo:
         """Raises AdapterNotFound."""
-        info = self._infos.get(adapter)
+        info = self._base if adapter == self._base.id else self._infos.get(adapter)
         if info is None:
             raise AdapterNotFound(str(adapter))
         return info

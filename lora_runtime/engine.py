@@ -7,21 +7,20 @@ the loader threads, and requests for other adapters run meanwhile.
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 
 from lora_runtime.adapters.base_spec import BaseSpec
 from lora_runtime.adapters.loader import AdapterLoader, LoaderMessage
 from lora_runtime.arena import RankArena, SlotTable
-from lora_runtime.batch import Row
+from lora_runtime.batch import Resident, Row
 from lora_runtime.catalogue import Catalogue
 from lora_runtime.errors import (
     AdapterFailed,
@@ -31,19 +30,20 @@ from lora_runtime.errors import (
     InvalidRequest,
     MultiloraError,
     RequestCancelled,
+    TaskMismatch,
 )
 from lora_runtime.futures import settle
-from lora_runtime.heads import scores_of
+from lora_runtime.heads import output_of
 from lora_runtime.mailbox import Mailbox
 from lora_runtime.model.runner import Runner
-from lora_runtime.residency import Residency, Resident, Unloaded
+from lora_runtime.observers import EngineObserver, Observers
+from lora_runtime.residency import Residency, Unloaded
 from lora_runtime.scheduler import Scheduler, Ticket, Work
 from lora_runtime.types import (
     AdapterId,
     AdapterInfo,
     AdapterState,
     BatchStats,
-    Classification,
     Request,
     Result,
     Timings,
@@ -54,16 +54,6 @@ T = TypeVar("T")
 
 _SWEEP_S = 0.05  # how late a deadline may be noticed while the request waits for its adapter
 _IDLE_WAIT_S = 0.05
-
-
-class EngineObserver(Protocol):
-    """Told of what happens, in the engine thread: be quick. What it raises is logged and ignored."""
-
-    def on_batch(self, stats: BatchStats) -> None: ...
-
-    def on_result(self, request: Request, result: Result | MultiloraError) -> None: ...
-
-    def on_adapter(self, info: AdapterInfo) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +84,10 @@ class Engine:
         self._settings = settings
         self._arena = arena
         self._mailbox = Mailbox()
-        self._observers: list[EngineObserver] = []
+        self._observers = Observers()
         self._scheduler = Scheduler(max(settings.token_budget, base.max_length), settings.max_batch_sequences)
         self._loader = AdapterLoader(base, arena.num_bytes, settings.num_loader_threads, self._from_loader)
-        self._residency = Residency(arena, slots, self._loader, self._on_adapter, self._on_load_failed)
+        self._residency = Residency(base, arena, slots, self._loader, self._on_adapter, self._on_load_failed)
         self._thread = threading.Thread(target=self._loop, name="multilora-engine", daemon=True)
         self._drain_until: float | None = None  # set once the engine is draining
         self._swept_at = 0.0
@@ -122,7 +112,7 @@ class Engine:
 
     def add_observer(self, observer: EngineObserver) -> None:
         """Register before `start`."""
-        self._observers.append(observer)
+        self._observers.add(observer)
 
     def start(self) -> None:
         self._thread.start()
@@ -242,7 +232,7 @@ class Engine:
         for item in planned.work:
             request = item.ticket.request
             resident = planned.residents[request.adapter]
-            rows.append(Row(request.sequences[item.index], resident.slot, request.task, resident.params))
+            rows.append(Row(request.sequences[item.index], resident, request.task, request.pooling))
         try:
             return self._runner.run(rows)
         except Exception as error:
@@ -257,19 +247,19 @@ class Engine:
             for ticket in {item.ticket: None for item in planned.work}:
                 self._fail(ticket, outcome)
             return
-        for item, logits in zip(planned.work, outcome, strict=True):
+        for item, answer in zip(planned.work, outcome, strict=True):
             resident = planned.residents[item.ticket.adapter]
-            scores = scores_of(logits, resident.card.problem_type)
-            output = Classification(tuple(logits.tolist()), tuple(scores.tolist()))
-            if math.isfinite(sum(output.logits)):
-                item.ticket.outputs[item.index] = output
+            request = item.ticket.request
+            if torch.isfinite(answer).all():
+                item.ticket.outputs[item.index] = output_of(request.task, answer, resident.card)
             else:
-                self._fail(item.ticket, AnswerNotFinite(str(item.ticket.adapter), item.index))
+                self._fail(item.ticket, AnswerNotFinite(str(request.adapter), request.input_index(item.index)))
         for ticket in {item.ticket: None for item in planned.work}:
             if len(ticket.outputs) == len(ticket.request.sequences) and not ticket.done:
                 self._answer(ticket, planned.residents[ticket.adapter], now)
         tokens = sum(item.num_tokens for item in planned.work)
-        self._observe("on_batch", BatchStats(len(planned.work), tokens, len(planned.residents), forward_s))
+        adapters = sum(not adapter.is_base for adapter in planned.residents)
+        self._observers.on_batch(BatchStats(len(planned.work), tokens, adapters, forward_s))
 
     def _answer(self, ticket: Ticket, resident: Resident, now: float) -> None:
         assert ticket.started_at is not None
@@ -292,7 +282,7 @@ class Engine:
 
     def _reply(self, request: Request, future: Future[Result], outcome: Result | MultiloraError) -> None:
         """The one terminal reply; a caller that cancelled its future gets none but is still counted."""
-        self._observe("on_result", request, outcome)
+        self._observers.on_result(request, outcome)
         settle(future, outcome)
 
     def _admit(self, request: Request, future: Future[Result], submitted_at: float) -> None:
@@ -316,7 +306,10 @@ class Engine:
             raise InvalidRequest("sequences", "is empty; a request has at least one")
         for index, sequence in enumerate(request.sequences):
             if not sequence.num_tokens:
-                raise InvalidRequest(f"inputs[{index}].text", "has no tokens")
+                raise InvalidRequest(f"inputs[{request.input_index(index)}].text", "has no tokens")
+        card = self.catalogue.get(request.adapter).card
+        if card is not None and card.task is not request.task:
+            raise TaskMismatch(str(request.adapter), request.task, card.task)
         if self._scheduler.find(request.request_id) is not None:
             raise InvalidRequest("request_id", f"{request.request_id[:140]!r} is in flight; give each request its own")
 
@@ -335,8 +328,7 @@ class Engine:
             now = time.monotonic()
             for ticket in self._scheduler.waiting_for(info.id):
                 ticket.ready_at = min(ticket.ready_at, now)
-        _log_state(info)
-        self._observe("on_adapter", info)
+        self._observers.on_adapter(info)
 
     def _on_load_failed(self, adapter: AdapterId, error: MultiloraError) -> None:
         for ticket in self._scheduler.waiting_for(adapter):
@@ -363,23 +355,3 @@ class Engine:
     def _from_loader(self, message: LoaderMessage) -> None:
         """Called in a loader thread."""
         self._mailbox.post(lambda: self._residency.handle(message))
-
-    def _observe(self, event: str, *facts: object) -> None:
-        for observer in self._observers:
-            try:
-                getattr(observer, event)(*facts)
-            except Exception:
-                logger.exception("observer %s failed in %s", type(observer).__name__, event)
-
-
-def _log_state(info: AdapterInfo) -> None:
-    """The states an operator wants to see; the rest only when debugging."""
-    if info.state is AdapterState.FAILED and info.failure is not None:
-        logger.warning("adapter %s is refused: %s", info.id, info.failure.message)
-    elif info.state is AdapterState.READY:
-        size, seconds = info.resident_bytes / 2**20, info.load_seconds or 0.0
-        logger.info("adapter %s is loaded: %.1f MiB in %.0f ms", info.id, size, 1000 * seconds)
-    else:
-        logger.log(
-            logging.INFO if info.state is AdapterState.DRAINING else logging.DEBUG, "%s: %s", info.id, info.state
-        )

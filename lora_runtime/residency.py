@@ -13,15 +13,23 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-
-from lora_runtime.adapters.image import ImageLayout, head_views
+from lora_runtime.adapters.base_spec import BaseSpec
+from lora_runtime.adapters.image import ImageLayout, extras_views, head_views
 from lora_runtime.adapters.loader import AdapterLoader, CardRead, Fetched, LoaderMessage, LoadFailed, Written
-from lora_runtime.arena import RankArena, Run, SlotTable, align
+from lora_runtime.arena import BASE_SLOT, RankArena, Run, SlotTable, align
+from lora_runtime.batch import BASE_CARD, Extras, Resident
 from lora_runtime.catalogue import Catalogue
-from lora_runtime.errors import AdapterFailed, AdapterRejected, CapacityExceeded, MultiloraError
+from lora_runtime.errors import AdapterFailed, AdapterRejected, CapacityExceeded, InvalidRequest, MultiloraError
 from lora_runtime.futures import settle
-from lora_runtime.types import AdapterCard, AdapterId, AdapterInfo, AdapterState
+from lora_runtime.types import (
+    BASE_NAME,
+    DEFAULT_TENANT,
+    AdapterCard,
+    AdapterId,
+    AdapterInfo,
+    AdapterState,
+    Pooling,
+)
 
 LEGAL_MOVES: Mapping[AdapterState, frozenset[AdapterState]] = {
     AdapterState.REGISTERED: frozenset({AdapterState.FETCHING}),
@@ -42,16 +50,6 @@ class Unloaded:
     freed_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Resident:
-    """What a batch needs of a READY adapter."""
-
-    slot: int
-    digest: str
-    card: AdapterCard
-    params: Mapping[str, torch.Tensor]
-
-
 @dataclass(slots=True, eq=False)
 class _Record:
     info: AdapterInfo
@@ -70,13 +68,16 @@ class Residency:
 
     def __init__(
         self,
+        base: BaseSpec,
         arena: RankArena,
         slots: SlotTable,
         loader: AdapterLoader,
         on_change: Callable[[AdapterInfo], None],
         on_failed: Callable[[AdapterId, MultiloraError], None],
     ) -> None:
-        self.catalogue = Catalogue()
+        self._base = Resident(BASE_SLOT, base.fingerprint.weights_sha256, _base_card(base))
+        self._shared_modules = base.shared_modules
+        self.catalogue = Catalogue(_base_info(base, self._base))
         self._arena = arena
         self._slots = slots
         self._loader = loader
@@ -89,16 +90,22 @@ class Residency:
 
     def register(self, adapter: AdapterId, path: Path, future: Future[AdapterInfo], *, keep_failed: bool) -> None:
         """Read the adapter's JSON files in a loader thread, then list it; see Engine.register."""
+        if adapter.is_base:
+            raise InvalidRequest("adapter", f"the name {BASE_NAME!r} is reserved for the base model")
         self.catalogue.check_free(adapter, self._registering)
         self._registering[adapter] = path, future, keep_failed
         self._loader.read_card(adapter, path)
 
     def is_ready(self, adapter: AdapterId) -> bool:
+        if adapter.is_base:
+            return True
         record = self._records.get(adapter)
         return record is not None and record.info.state is AdapterState.READY
 
     def want(self, adapter: AdapterId) -> None:
         """Start a load unless one is under way or done; raises AdapterFailed when the last one was refused."""
+        if adapter.is_base:
+            return
         record = self._record(adapter)
         if record.info.state is AdapterState.FAILED:
             assert record.info.failure is not None
@@ -108,6 +115,9 @@ class Residency:
 
     def load(self, adapter: AdapterId, future: Future[AdapterInfo]) -> None:
         """Load, or try again after a refusal; `future` gets the READY snapshot or the reason."""
+        if adapter.is_base:
+            settle(future, self.catalogue.get(adapter))
+            return
         record = self._record(adapter)
         if record.info.state is AdapterState.READY:
             settle(future, record.info)
@@ -118,6 +128,8 @@ class Residency:
 
     def unload(self, adapter: AdapterId, future: Future[Unloaded]) -> None:
         """Free the adapter after the current step; one that is loading is unloaded once loaded."""
+        if adapter.is_base:
+            raise InvalidRequest("adapter", "the base model is resident for good; it cannot be unloaded")
         record = self._record(adapter)
         if record.info.state in (AdapterState.REGISTERED, AdapterState.FAILED):
             settle(future, Unloaded(record.info, 0))
@@ -126,7 +138,9 @@ class Residency:
             self._unloading[adapter] = None
 
     def acquire(self, adapter: AdapterId) -> Resident:
-        """Hold a READY adapter for a batch, until `release`."""
+        """Hold a READY adapter for a batch, until `release`; the base is always there."""
+        if adapter.is_base:
+            return self._base
         record = self._records[adapter]
         assert record.info.state is AdapterState.READY and record.resident is not None, f"{adapter} is not READY"
         record.references += 1
@@ -134,6 +148,8 @@ class Residency:
         return record.resident
 
     def release(self, adapter: AdapterId) -> None:
+        if adapter.is_base:
+            return
         record = self._records[adapter]
         assert record.references > 0, f"{adapter} is not held"
         record.references -= 1
@@ -211,8 +227,10 @@ class Residency:
     def _fetched(self, message: Fetched) -> None:
         record = self._records[message.adapter]
         known = record.info.digest
-        if known is not None and known != message.checkpoint.digest:
-            changed = "its files changed since it was first loaded; a version is immutable, register a new one"
+        assert record.info.card is not None
+        other_task = record.info.card.task is not message.checkpoint.card.task
+        if other_task or (known is not None and known != message.checkpoint.digest):
+            changed = "its files changed since it was registered; a version is immutable, register a new one"
             self._fail(record, AdapterRejected("CHANGED", str(record.info.id), changed))
             return
         record.fetched = message
@@ -259,8 +277,17 @@ class Residency:
         checkpoint, layout = record.fetched.checkpoint, record.fetched.layout
         slot = self._slots.acquire()
         self._slots.publish(slot, record.run, layout.sites)
-        params = head_views(layout, self._arena.view(record.run))
-        record.resident = Resident(slot, checkpoint.digest, checkpoint.card, params)
+        run = self._arena.view(record.run)
+        extras = {path: Extras(views.params, **views.tensors) for path, views in extras_views(layout, run).items()}
+        changed = {*extras, *(weights.site.name for weights in checkpoint.sites)}
+        record.resident = Resident(
+            slot,
+            checkpoint.digest,
+            checkpoint.card,
+            head_views(layout, run),
+            extras,
+            alone=not changed.isdisjoint(self._shared_modules),
+        )
         record.used_at = time.monotonic()
         record.fetched = None  # the arena holds the only copy now
         self._move(
@@ -310,3 +337,14 @@ class Residency:
 
 def _distinct_ranks(layout: ImageLayout) -> tuple[int, ...]:
     return tuple(sorted({place.rank for place in layout.sites}))
+
+
+def _base_card(base: BaseSpec) -> AdapterCard:
+    """The base answers what needs no adapter's head."""
+    pooling = Pooling.LAST if base.is_decoder else Pooling.MEAN
+    return replace(BASE_CARD, pad_token_id=base.pad_token_id, base_model_name=base.name, pooling=pooling)
+
+
+def _base_info(base: BaseSpec, resident: Resident) -> AdapterInfo:
+    adapter = AdapterId(DEFAULT_TENANT, BASE_NAME, 1)
+    return AdapterInfo(adapter, Path(), AdapterState.READY, _base_card(base), resident.digest)

@@ -6,16 +6,21 @@ import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 
 import torch
 
+from lora_runtime.answers.spans import Span, best_spans, supports_no_answer
+from lora_runtime.answers.token_classes import SubwordStrategy, TokenLabel, TokenUnit, label_tokens
+from lora_runtime.answers.vectors import unit_length
 from lora_runtime.arena import RankArena, SlotTable
 from lora_runtime.engine import Engine, EngineSettings
 from lora_runtime.errors import BaseModelUnsupported, InvalidRequest, TaskMismatch
 from lora_runtime.kernels.grouped_lora.cpu import CpuGroupedLora
 from lora_runtime.model.encoder_text import TextEncoder
+from lora_runtime.model.encoders import Encoders
 from lora_runtime.model.load import load_base
 from lora_runtime.model.runner import PackedRunner
 from lora_runtime.residency import Unloaded
@@ -26,8 +31,15 @@ from lora_runtime.types import (
     AdapterRef,
     AdapterState,
     Classification,
+    Embedding,
+    Pooling,
     Request,
+    Result,
+    SpanLogits,
     Task,
+    Timings,
+    TokenClassification,
+    TokenSequence,
 )
 
 
@@ -66,7 +78,7 @@ class Runtime:
         arena = RankArena(settings.arena_bytes, torch.float32)
         slots = SlotTable(len(model.spec.sites), model.spec.groups)
         self.base_name = model.spec.name
-        self.encoder = TextEncoder(model.tokenizer, model.spec.max_length)
+        self.encoders = Encoders(TextEncoder(model.tokenizer, model.spec.max_length))
         self.runner = PackedRunner(model, slots, CpuGroupedLora(arena, slots))
         self.engine = Engine(
             model.spec,
@@ -100,25 +112,123 @@ class Runtime:
         """Free an adapter's memory; it stays registered."""
         return self.engine.unload(self.engine.catalogue.resolve(AdapterRef.parse(adapter)).id).result()
 
+    @property
+    def encoder(self) -> TextEncoder:
+        """The base's tokenizer."""
+        return self.encoders.base
+
+    def encoder_for(self, info: AdapterInfo) -> TextEncoder:
+        """The tokenizer of an adapter's texts; it may be read from the adapter's folder."""
+        return self.encoders.for_adapter(info)
+
     def classify(
         self, adapter: str, texts: Sequence[str | tuple[str, str]], *, truncate: bool = False
     ) -> list[Prediction]:
         """Classify texts, or (text, pair) tuples, with one adapter (`name` or `name@version`).
 
-        Raises AdapterNotFound, AdapterFailed, TextTooLong, InvalidRequest for texts that are none.
+        Raises AdapterNotFound, AdapterFailed, TaskMismatch, TextTooLong, InvalidRequest for texts that are none.
         """
         pairs = _pairs(texts)
-        if not pairs:
-            return []
+        info, encoder, limit = self._resolve(adapter, Task.CLASSIFY)
+        sequences = encoder.encode(pairs, max_length=limit, truncate=truncate)
+        result = self._ask(info, Task.CLASSIFY, sequences)
+        return [_prediction(o, _labels(result)) for o in result.outputs if isinstance(o, Classification)]
+
+    def classify_tokens(
+        self,
+        adapter: str,
+        texts: Sequence[str],
+        *,
+        unit: TokenUnit = TokenUnit.WORDS,
+        strategy: SubwordStrategy = SubwordStrategy.FIRST,
+        truncate: bool = False,
+    ) -> list[tuple[TokenLabel, ...]]:
+        """Label the tokens, words or entities of texts; offsets are code points of each text. Raises as `classify`."""
+        info, encoder, limit = self._resolve(adapter, Task.CLASSIFY_TOKENS)
+        encoded = encoder.encode_tokens(_texts(texts), max_length=limit, truncate=truncate)
+        result = self._ask(info, Task.CLASSIFY_TOKENS, tuple(text.sequence for text in encoded))
+        return [
+            label_tokens(text, output, _labels(result), unit=unit, strategy=strategy)
+            for text, output in zip(encoded, result.outputs, strict=True)
+            if isinstance(output, TokenClassification)
+        ]
+
+    def answer(
+        self,
+        adapter: str,
+        questions: Sequence[tuple[str, str]],
+        *,
+        top_k: int = 1,
+        max_answer_tokens: int = 30,
+        allow_no_answer: bool = False,
+    ) -> list[tuple[Span, ...]]:
+        """The best spans of each (question, context), best first; `context[span.start : span.end]` is the answer.
+
+        A context longer than the model is read in overlapping windows. Raises as `classify`.
+        """
+        info, encoder, limit = self._resolve(adapter, Task.ANSWER)
+        inputs = encoder.encode_questions(questions, max_length=limit)
+        sequences = tuple(window.sequence for windows in inputs for window in windows)
+        input_of = tuple(i for i, windows in enumerate(inputs) for _ in windows)
+        if allow_no_answer and not all(map(supports_no_answer, inputs)):
+            raise InvalidRequest("allow_no_answer", "the tokenizer has no CLS token, at which no answer is scored")
+        spans = iter(self._ask(info, Task.ANSWER, sequences, input_of=input_of).outputs)
+        answers: list[tuple[Span, ...]] = []
+        for windows in inputs:
+            logits = [output for output in islice(spans, len(windows)) if isinstance(output, SpanLogits)]
+            answers.append(
+                best_spans(
+                    windows,
+                    logits,
+                    top_k=top_k,
+                    max_answer_tokens=max_answer_tokens,
+                    allow_no_answer=allow_no_answer,
+                )
+            )
+        return answers
+
+    def embed(
+        self,
+        adapter: str,
+        texts: Sequence[str | tuple[str, str]],
+        *,
+        pooling: Pooling | None = None,
+        normalize: bool | None = None,
+        truncate: bool = False,
+    ) -> list[tuple[float, ...]]:
+        """One vector a text, by an embedding adapter or by `base`; None: as the adapter says. Raises as `classify`."""
+        pairs = _pairs(texts)
+        info, encoder, limit = self._resolve(adapter, Task.EMBED)
+        sequences = encoder.encode(pairs, max_length=limit, truncate=truncate)
+        result = self._ask(info, Task.EMBED, sequences, pooling=pooling)
+        vectors = [output.values for output in result.outputs if isinstance(output, Embedding)]
+        chosen = result.card.normalize if normalize is None else normalize
+        return [unit_length(vector) for vector in vectors] if chosen else vectors
+
+    def _resolve(self, adapter: str, task: Task) -> tuple[AdapterInfo, TextEncoder, int | None]:
+        """The adapter, its encoder, and its own limit of tokens."""
         info = self.engine.catalogue.resolve(AdapterRef.parse(adapter))
-        if info.card is not None and info.card.task is not Task.CLASSIFY:
-            raise TaskMismatch(str(info.id), Task.CLASSIFY, info.card.task)
-        limit = info.card.max_length if info.card else None
-        sequences = self.encoder.encode(pairs, max_length=limit, truncate=truncate)
-        request = Request(f"local-{next(self._request_numbers)}", info.id, Task.CLASSIFY, sequences)
-        result = self.engine.submit(request).result()
-        assert result.card.labels is not None
-        return [_prediction(output, result.card.labels) for output in result.outputs]
+        if info.card is None:
+            return info, self.encoder, None  # its JSON files were refused; asking for it says why
+        if info.card.task is not task:
+            raise TaskMismatch(str(info.id), task, info.card.task)
+        return info, self.encoder_for(info), info.card.max_length
+
+    def _ask(
+        self,
+        info: AdapterInfo,
+        task: Task,
+        sequences: tuple[TokenSequence, ...],
+        *,
+        pooling: Pooling | None = None,
+        input_of: tuple[int, ...] | None = None,
+    ) -> Result:
+        if not sequences:
+            assert info.card is not None
+            return Result(info.id, info.digest or "", info.card, (), Timings(0.0, 0.0, 0.0))
+        name = f"local-{next(self._request_numbers)}"
+        request = Request(name, info.id, task, sequences, pooling=pooling, input_of=input_of)
+        return self.engine.submit(request).result()
 
     def close(self, drain_seconds: float = 10.0) -> None:
         """Answer what was asked, then stop the threads. Further calls fail with EngineStopped."""
@@ -146,6 +256,19 @@ def _pairs(texts: Sequence[object]) -> list[tuple[str, str | None]]:
             case _:
                 raise InvalidRequest(f"texts[{i}]", f"is a {type(item).__name__}; a text or a (text, pair) is needed")
     return pairs
+
+
+def _texts(texts: Sequence[object]) -> list[str]:
+    pairs = _pairs(texts)
+    for i, (_, pair) in enumerate(pairs):
+        if pair is not None:
+            raise InvalidRequest(f"texts[{i}]", "is a pair; one text is needed")
+    return [text for text, _ in pairs]
+
+
+def _labels(result: Result) -> tuple[str, ...]:
+    assert result.card.labels is not None, "loaded weights have labels"
+    return result.card.labels
 
 
 def _prediction(output: Classification, labels: tuple[str, ...]) -> Prediction:

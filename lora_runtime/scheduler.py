@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from lora_runtime.types import AdapterId, Classification, Request, Result
+from lora_runtime.types import AdapterId, Output, Request, Result
 
 
 @dataclass(slots=True, eq=False)
@@ -26,7 +26,7 @@ class Ticket:
     ready_at: float  # when the adapter was READY: submitted_at if it was already
     started_at: float | None = None
     next_sequence: int = 0
-    outputs: dict[int, Classification] = field(default_factory=dict[int, Classification])
+    outputs: dict[int, Output] = field(default_factory=dict[int, Output])
     done: bool = False
 
     @property

@@ -20,7 +20,19 @@ _RESOURCE = re.compile(r"tenants/([^/]+)/adapters/([^/]+)(?:/versions/([^/]+))?"
 class Task(StrEnum):
     """What an adapter's head answers."""
 
-    CLASSIFY = "classify"
+    CLASSIFY = "classify"  # scores over labels for a text, or a pair of texts
+    CLASSIFY_TOKENS = "classify_tokens"  # scores over labels for each token
+    ANSWER = "answer"  # a span of a context (extractive question answering)
+    EMBED = "embed"  # a vector of a text
+    GENERATE = "generate"  # the next token
+
+
+class Pooling(StrEnum):
+    """How the hidden states of a text's tokens, special ones included, become one vector."""
+
+    MEAN = "mean"
+    CLS = "cls"  # the first token
+    LAST = "last"
 
 
 class ProblemType(StrEnum):
@@ -44,8 +56,6 @@ class AdapterId:
         check_name("adapter", self.name)
         if self.version < 1:
             raise InvalidRequest("version", f"{self.version} is not a positive integer")
-        if self.name == BASE_NAME:
-            raise InvalidRequest("adapter", f"the name {BASE_NAME!r} is reserved for the base model")
 
     def __str__(self) -> str:
         return f"{self.tenant}/{self.name}@{self.version}"
@@ -53,6 +63,11 @@ class AdapterId:
     @property
     def resource_name(self) -> str:
         return f"tenants/{self.tenant}/adapters/{self.name}/versions/{self.version}"
+
+    @property
+    def is_base(self) -> bool:
+        """Whether this is the base model itself: a reserved name that every tenant has and nobody registers."""
+        return self.name == BASE_NAME
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +160,11 @@ class AdapterCard:
     pad_token_id: int | None
     base_model_name: str | None  # a hint for people, never compared
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
+    pooling: Pooling | None = None  # of an EMBED adapter
+    normalize: bool = False  # whether an EMBED adapter's vectors are divided by their length
+    invocation_tokens: tuple[int, ...] | None = None  # aLoRA: active from the start of their last occurrence
+    token_types: bool = True  # False: the second text of a pair has type 0 too, as in the adapter's training
+    tokenizer_sha256: str | None = None  # of the folder's own tokenizer.json; None: texts are tokenised as the base's
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +205,12 @@ class Request:
     task: Task
     sequences: tuple[TokenSequence, ...]
     deadline_monotonic: float | None = None
+    pooling: Pooling | None = None  # of an EMBED request; None: as the adapter says
+    input_of: tuple[int, ...] | None = None  # per sequence the input it is a window of; None: one sequence an input
+
+    def input_index(self, sequence: int) -> int:
+        """Which of the caller's inputs a sequence belongs to."""
+        return sequence if self.input_of is None else self.input_of[sequence]
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +219,38 @@ class Classification:
 
     logits: tuple[float, ...]
     scores: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenClassification:
+    """The answer for one sequence: logits[token][label], tokens in order, special ones included."""
+
+    logits: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SpanLogits:
+    """The answer for one window of a question and its context: per token, logits of a span's first and last token."""
+
+    start: tuple[float, ...]
+    end: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """The vector of one sequence, as pooled, not normalised."""
+
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NextToken:
+    """Logits of the token that follows one sequence, [vocabulary]."""
+
+    logits: tuple[float, ...]
+
+
+Output = Classification | TokenClassification | SpanLogits | Embedding | NextToken
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +269,7 @@ class Result:
     adapter: AdapterId
     digest: str
     card: AdapterCard  # of the weights that answered; labels are always set
-    outputs: tuple[Classification, ...]
+    outputs: tuple[Output, ...]  # of the type of the request's task
     timings: Timings
 
 

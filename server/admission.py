@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 from lora_runtime.errors import CapacityExceeded
 
 _MIN_RETRY_S, _MAX_RETRY_S = 0.05, 5.0
 _SMOOTHING = 0.1  # weight of the newest hold time in the moving average
+
+
+class Permits:
+    """What one request holds. `grow_to` may take more; whoever made them gives all of them back, once."""
+
+    def __init__(self, take: Callable[[int], None], num_sequences: int) -> None:
+        self._take = take
+        take(num_sequences)
+        self.num_sequences = num_sequences
+
+    def grow_to(self, num_sequences: int) -> None:
+        """Hold `num_sequences` in all; raises CapacityExceeded, holding what it held, when they are not free.
+
+        A long text turns out to be several sequences only once it is tokenised. Never shrinks.
+        """
+        if num_sequences > self.num_sequences:
+            self._take(num_sequences - self.num_sequences)
+            self.num_sequences = num_sequences
 
 
 class Admission:
@@ -25,18 +43,21 @@ class Admission:
         self._mean_hold_s = 0.0
 
     @contextmanager
-    def permits(self, num_sequences: int) -> Generator[None]:
+    def permits(self, num_sequences: int) -> Generator[Permits]:
         """Hold `num_sequences` permits for the block; raises CapacityExceeded when they are not free."""
+        permits = Permits(self._take, num_sequences)
+        started = time.monotonic()
+        try:
+            yield permits
+        finally:
+            self.num_sequences -= permits.num_sequences
+            held_s = time.monotonic() - started
+            self._mean_hold_s += _SMOOTHING * (held_s - self._mean_hold_s)
+
+    def _take(self, num_sequences: int) -> None:
         if self.num_sequences + num_sequences > self.max_sequences:
             raise self._refusal(num_sequences)
         self.num_sequences += num_sequences
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self.num_sequences -= num_sequences
-            held_s = time.monotonic() - started
-            self._mean_hold_s += _SMOOTHING * (held_s - self._mean_hold_s)
 
     def _refusal(self, num_sequences: int) -> CapacityExceeded:
         return CapacityExceeded(

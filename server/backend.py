@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from lora_runtime.errors import EngineStopped, MultiloraError
 from lora_runtime.types import AdapterId, AdapterInfo, AdapterRef, BatchStats, Request, Result, TokenSequence
 
-if TYPE_CHECKING:  # brings torch
+if TYPE_CHECKING:  # brings torch and transformers
+    from lora_runtime.model.encoder_text import TokenText, Window
     from lora_runtime.residency import Unloaded
 
 T = TypeVar("T")
@@ -66,11 +67,27 @@ class Engine(Protocol):
 
 
 class TextEncoder(Protocol):
-    """The base's tokenizer; thread-safe."""
+    """A tokenizer; thread-safe. `max_length` is in tokens, special ones included; None: what the base allows.
+
+    A wrong text is an InvalidRequest (TextTooLong) on its field, such as `inputs[3].text`.
+    """
 
     def encode(
         self, inputs: Sequence[tuple[str, str | None]], *, max_length: int | None, truncate: bool
     ) -> tuple[TokenSequence, ...]: ...
+
+    def encode_tokens(
+        self, texts: Sequence[str], *, max_length: int | None, truncate: bool
+    ) -> tuple[TokenText, ...]: ...
+
+    def encode_questions(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        max_length: int | None,
+        doc_stride: int | None = None,
+        max_windows: int = 64,
+    ) -> tuple[tuple[Window, ...], ...]: ...
 
 
 class Backend(Protocol):
@@ -79,8 +96,9 @@ class Backend(Protocol):
     @property
     def engine(self) -> Engine: ...
 
-    @property
-    def encoder(self) -> TextEncoder: ...
+    def encoder_for(self, info: AdapterInfo) -> TextEncoder:
+        """The tokenizer of an adapter's texts, its own or the base's; may read a file."""
+        ...
 
     @property
     def base_name(self) -> str: ...

@@ -22,6 +22,7 @@ LAZY_COMMANDS = {
     "train": "server.cli_train:train_app",
     "bench": "server.cli_bench:bench_app",
     "demo": "server.cli_demo:demo_app",
+    "adapters": "server.cli_adapters:adapters_app",
 }
 
 

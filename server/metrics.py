@@ -51,7 +51,7 @@ SERIES: dict[str, Series] = {
     ),
     "multilora_stage_seconds": Series(
         Histogram,
-        "Seconds an answered request spent in each stage: tokenize, queue, load_wait, forward.",
+        "Seconds an answered request spent in each stage: tokenize, queue, load_wait, forward, interpret.",
         ("stage",),
         _LATENCY_S,
     ),
@@ -71,7 +71,7 @@ SERIES: dict[str, Series] = {
     "multilora_arena_used_bytes": Series(Gauge, "Bytes of device memory that adapters hold."),
     "multilora_arena_capacity_bytes": Series(Gauge, "Bytes of device memory set aside for adapters."),
 }
-STAGES = ("tokenize", "queue", "load_wait", "forward")
+STAGES = ("tokenize", "queue", "load_wait", "forward", "interpret")
 
 
 class ServerMetrics:

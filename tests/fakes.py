@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from lora_runtime.adapters.base_spec import BaseSpec, HeadSpec
+from lora_runtime.adapters.base_spec import BaseSpec, HeadSpec, Leaf, LeafKind
 from lora_runtime.adapters.metadata import BaseFingerprint
 from lora_runtime.batch import Row
 from lora_runtime.types import Site, SiteGroup, Task
@@ -18,14 +18,25 @@ WIDTH = 8
 def fake_spec() -> BaseSpec:
     """A base of one group of two sites, 8 wide."""
     sites = tuple(Site(i, f"layer.{name}", WIDTH, WIDTH, 0, per_sequence=False) for i, name in enumerate(("q", "v")))
-    head = HeadSpec(
-        Task.CLASSIFY, {"classifier.weight": (None, WIDTH), "classifier.bias": (None,)}, frozenset(), frozenset()
-    )
+    shapes = {"classifier.weight": (None, WIDTH), "classifier.bias": (None,)}
+    head = HeadSpec(Task.CLASSIFY, shapes, frozenset(), frozenset(), output="classifier.weight")
+    embed = HeadSpec(Task.EMBED, {}, frozenset(), frozenset(), output="")
+    leaves = {site.name: Leaf(site.name, LeafKind.LINEAR, {"weight": (WIDTH, WIDTH)}) for site in sites}
     fingerprint = BaseFingerprint(
         model_type="fake", hidden_size=WIDTH, num_layers=1, vocab_size=10, modules_sha256="0", weights_sha256="0"
     )
     groups = (SiteGroup(0, WIDTH, sites),)
-    return BaseSpec("fake", "fake", sites, groups, {Task.CLASSIFY: head}, fingerprint, 64, frozenset({"layer"}))
+    return BaseSpec(
+        name="fake",
+        prefixes=("fake",),
+        sites=sites,
+        groups=groups,
+        heads={Task.CLASSIFY: head, Task.EMBED: embed},
+        fingerprint=fingerprint,
+        max_length=64,
+        modules=frozenset({"layer"}),
+        leaves=leaves,
+    )
 
 
 class FakeRunner:

@@ -1,67 +1,90 @@
-"""`adapter_config.json`: the fields that matter at inference, and the refusal of what is not supported."""
+"""`adapter_config.json`: the fields that matter at inference."""
 
 from __future__ import annotations
 
-import logging
 import math
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
-from lora_runtime.adapters.metadata import describe_validation, read_json_object
+from lora_runtime.adapters.findings import Findings
+from lora_runtime.adapters.metadata import describe_validation
 from lora_runtime.adapters.patterns import PatternTable
 from lora_runtime.errors import AdapterRejected
 
 CONFIG_FILE = "adapter_config.json"
 
-# A field that changes inference, with the values that change nothing.
-_MUST_BE_OFF: dict[str, tuple[object, ...]] = {
-    "use_dora": (None, False),
-    "lora_bias": (None, False),
-    "bias": (None, "none"),
-    "alora_invocation_tokens": (None,),
-    "trainable_token_indices": (None,),
-    "target_parameters": (None, []),
-    "layer_replication": (None,),
-    "arrow_config": (None,),
-    "use_qalora": (None, False),
-    "use_bdlora": (None, False),
-    "kasa_config": (None,),
-    "monteclora_config": (None,),
-}
-_PLAIN_INIT = {"gaussian", "eva", "orthogonal"}  # initial values only: plain LoRA at inference
+# Fields of PEFT's LoraConfig that change no answer: where the adapter came from, and how it was trained.
 _IGNORED = {
-    "auto_mapping", "base_model_name_or_path", "base_model_class", "parent_library", "corda_config", "eva_config",
-    "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout",
-    "lora_ga_config", "megatron_config", "megatron_core", "modules_to_save", "peft_version", "qalora_group_size",
-    "revision", "runtime_config", "target_modules", "task_type", "ensure_weight_tying", "bias_pattern",
-    "velora_config",
+    "auto_mapping", "base_model_class", "parent_library", "corda_config", "eva_config", "inference_mode",
+    "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "merge_weights",
+    "peft_version", "qalora_group_size", "revision", "runtime_config",
 }  # fmt: skip
+
+_MAX_FLOAT32 = 3.4028234663852886e38
 
 _Rank = Annotated[int, Field(ge=1)]
 _Alpha = Annotated[float, Field(allow_inf_nan=False)]
+_TokenIds = list[Annotated[int, Field(ge=0)]]
 
-logger = logging.getLogger(__name__)
+
+class BlockDiagonal(BaseModel):
+    """BD-LoRA: which modules have a block-diagonal A or B, by parts of their path."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    target_modules_bd_a: list[str] | None = None
+    target_modules_bd_b: list[str] | None = None
+    nblocks: Annotated[int, Field(ge=1)] = 1
+    match_strict: bool = True
+
+    def blocks(self, module: str) -> tuple[int, int]:
+        """How many blocks (A, B) of a module have; 1 is a dense matrix. Raises AdapterRejected as PEFT would."""
+        in_a = any(part in module for part in self.target_modules_bd_a or ())
+        in_b = any(part in module for part in self.target_modules_bd_b or ())
+        if in_a == in_b and (in_a or self.match_strict):
+            message = f"{module} matches {'both lists' if in_a else 'neither list'} of block-diagonal modules"
+            raise AdapterRejected("CONFIG_INVALID", f"{CONFIG_FILE} field use_bdlora", message)
+        return self.nblocks if in_a else 1, self.nblocks if in_b else 1
 
 
 class LoraConfig(BaseModel):
-    """The fields of PEFT's LoraConfig that give each site's rank and scaling.
+    """The fields of PEFT's LoraConfig that change an answer; the defaults are PEFT's, which old files leave out.
 
-    Which modules are adapted is read from the tensors' keys; `target_modules` only tells that some are missing.
+    Which modules are adapted is read from the tensors' keys; `targets.py` finds those that are promised and missing.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
     peft_type: str
-    r: _Rank
-    lora_alpha: _Alpha
+    r: _Rank = 8
+    lora_alpha: _Alpha = 8
     use_rslora: bool = False
-    fan_in_fan_out: bool = False
+    fan_in_fan_out: bool = False  # PEFT itself goes by the type of each module
     rank_pattern: dict[str, _Rank] = Field(default_factory=dict[str, int])
     alpha_pattern: dict[str, _Alpha] = Field(default_factory=dict[str, float])
     target_modules: list[str] | str | None = None
-    init_lora_weights: bool | str | None = True
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] = Field(default_factory=list[str])
+    bias: Literal["none", "all", "lora_only"] = "none"
+    lora_bias: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | str = True
+    trainable_token_indices: _TokenIds | dict[str, _TokenIds] | None = None
+    ensure_weight_tying: bool = False
+    alora_invocation_tokens: _TokenIds = Field(default_factory=list[int])
+    use_bdlora: BlockDiagonal | Literal[False] | None = None
+    use_qalora: bool = False
+    kasa_config: dict[str, Any] | None = None
+    velora_config: dict[str, Any] | None = None
+    monteclora_config: dict[str, Any] | None = None
+    arrow_config: dict[str, Any] | None = None
+    target_parameters: list[str] = Field(default_factory=list[str])
+    layer_replication: list[Any] = Field(default_factory=list[Any])
+    enable_lora: list[Any] = Field(default_factory=list[Any])
     base_model_name_or_path: str | None = None
     task_type: str | None = None
 
@@ -73,39 +96,38 @@ class LoraConfig(BaseModel):
         self._ranks = PatternTable(CONFIG_FILE, "rank_pattern", self.rank_pattern)
         self._alphas = PatternTable(CONFIG_FILE, "alpha_pattern", self.alpha_pattern)
 
-    def names_as_target(self, module: str) -> bool:
-        """Whether `target_modules` lists the module by name; False where a pattern or another field decides."""
-        others = self.model_extra or {}
-        narrowed = others.get("exclude_modules") or others.get("layers_to_transform") is not None
-        if narrowed or not isinstance(self.target_modules, list):
-            return False
-        return any(module == target or module.endswith(f".{target}") for target in self.target_modules)
+    @property
+    def init(self) -> str:
+        """The name of the initialisation in lower case; empty for PEFT's own."""
+        return self.init_lora_weights.lower() if isinstance(self.init_lora_weights, str) else ""
 
     def rank(self, module: str) -> int:
         """The rank promised for a module path, by the first pattern that matches."""
         return self._ranks.lookup(module, self.r)
 
-    def scaling(self, module: str) -> float:
+    def scaling(self, module: str, rank: int) -> float:
         """alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023, arXiv:2312.03732)."""
         alpha = self._alphas.lookup(module, self.lora_alpha)
-        rank = self.rank(module)
-        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+        scaling = alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+        if abs(scaling) > _MAX_FLOAT32:
+            message = f"lora_alpha gives {module} a scaling of {scaling:g}, beyond the range of float32"
+            raise AdapterRejected("CONFIG_INVALID", CONFIG_FILE, message)
+        return scaling
 
 
-def read_config(folder: Path) -> LoraConfig:
-    """Read and check `adapter_config.json`; raises AdapterRejected with the field and the remedy."""
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise AdapterRejected("CONFIG_MISSING", CONFIG_FILE, "is not in the folder; is this a PEFT adapter?")
-    raw = read_json_object(path)
-    if raw.get("peft_type") != "LORA":
-        kind = raw.get("peft_type")
-        raise AdapterRejected("NOT_LORA", CONFIG_FILE, f"peft_type is {kind!r}; only LORA is served")
+def parse_config(raw: Mapping[str, Any], findings: Findings) -> LoraConfig:
+    """Check the content of `adapter_config.json`; raises AdapterRejected with the field and the remedy."""
     try:
         config = LoraConfig.model_validate({key: value for key, value in raw.items() if not _is_absent(key, value)})
     except ValidationError as error:
         raise AdapterRejected("CONFIG_INVALID", CONFIG_FILE, describe_validation(error)) from error
-    _refuse_unsupported(raw, config)
+    if unknown := sorted(set(raw) - set(LoraConfig.model_fields) - _IGNORED):
+        shown = ", ".join(field[:40] for field in unknown[:10])
+        findings.warn(f"{CONFIG_FILE} has {len(unknown)} unknown fields, which are ignored: {shown}")
+    if isinstance(config.target_modules, str) and config.layers_to_transform is not None:
+        _refuse("layers_to_transform", "is set beside a target_modules that is a pattern, which PEFT refuses")
+    if config.layers_pattern and config.layers_to_transform is None:
+        _refuse("layers_pattern", "is set without layers_to_transform, which PEFT refuses")
     return config
 
 
@@ -114,23 +136,5 @@ def _is_absent(key: str, value: object) -> bool:
     return value is None and key not in ("r", "lora_alpha")
 
 
-def _refuse_unsupported(raw: dict[str, Any], config: LoraConfig) -> None:
-    for field, harmless in _MUST_BE_OFF.items():
-        if field in raw and raw[field] not in harmless:
-            raise AdapterRejected(
-                "FEATURE_UNSUPPORTED",
-                f"{CONFIG_FILE} field {field}",
-                f"is {raw[field]!r}, which is not served yet",
-            )
-    init = config.init_lora_weights
-    if isinstance(init, str) and init not in _PLAIN_INIT:
-        raise AdapterRejected(
-            "FEATURE_UNSUPPORTED",
-            f"{CONFIG_FILE} field init_lora_weights",
-            f"is {init!r}, which changes the base; save it converted to plain LoRA "
-            "(path_initial_model_for_weight_conversion in PEFT's save_pretrained)",
-        )
-    known = set(LoraConfig.model_fields) | set(_MUST_BE_OFF) | _IGNORED
-    if unknown := sorted(set(raw) - known):
-        shown = ", ".join(field[:40] for field in unknown[:10])
-        logger.warning("%s has %d unknown fields, which are ignored: %s", CONFIG_FILE, len(unknown), shown)
+def _refuse(field: str, message: str) -> NoReturn:
+    raise AdapterRejected("CONFIG_INVALID", f"{CONFIG_FILE} field {field}", message)

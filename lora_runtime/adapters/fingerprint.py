@@ -70,9 +70,9 @@ def file_digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
     return {name: file_sha256(folder / name) for name in sorted(names)}
 
 
-def content_digest(folder: Path, digests: Mapping[str, str]) -> str:
-    """The identity of an adapter: SHA-256 over its sorted (path, size, SHA-256)."""
+def content_digest(files: Mapping[str, tuple[int, str]]) -> str:
+    """The identity of an adapter: SHA-256 over its files, each name with (bytes, SHA-256)."""
     total = hashlib.sha256()
-    for name in sorted(digests):
-        total.update(f"{name}\0{(folder / name).stat().st_size}\0{digests[name]}\n".encode())
+    for name, (num_bytes, sha256) in sorted(files.items()):
+        total.update(f"{name}\0{num_bytes}\0{sha256}\n".encode())
     return total.hexdigest()

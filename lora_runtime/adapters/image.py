@@ -1,19 +1,34 @@
 """One adapter as one contiguous run: where each matrix goes, and writing it there.
 
 Order: for each site group the A blocks of its sites, adjacent, so that one shrink serves the group; then the B of
-each site, rank-major; then the head's parameters. Every block starts on the arena's alignment.
+each site, rank-major; then the head's parameters; then extras. Every block starts on the arena's alignment.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from lora_runtime.adapters.checkpoint import Checkpoint, SiteWeights
+from lora_runtime.adapters.extras import IntArray, ModuleExtras
+from lora_runtime.adapters.header import Array
 from lora_runtime.arena import SitePlacement, align
 from lora_runtime.types import SiteGroup
+
+Place = tuple[int, tuple[int, ...]]  # (offset, shape)
+
+
+@dataclass(frozen=True, slots=True)
+class ExtrasLayout:
+    """Where one module's extras lie; the ids of replaced rows are no floats and stay beside the image."""
+
+    params: dict[str, Place]
+    blocks: dict[str, Place]
+    row_ids: IntArray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +37,16 @@ class ImageLayout:
 
     num_elements: int
     sites: tuple[SitePlacement, ...]
-    params: dict[str, tuple[int, tuple[int, ...]]]  # head parameter → (offset, shape)
+    params: dict[str, Place]  # of the head
+    extras: dict[str, ExtrasLayout] = field(default_factory=dict[str, ExtrasLayout])  # by module path
+
+
+@dataclass(frozen=True, slots=True)
+class ExtrasViews:
+    """One module's extras in a published run: `params`, and the others by their names (row_ids too)."""
+
+    params: dict[str, torch.Tensor]
+    tensors: dict[str, torch.Tensor]
 
 
 def plan_image(checkpoint: Checkpoint, groups: tuple[SiteGroup, ...]) -> ImageLayout:
@@ -33,11 +57,13 @@ def plan_image(checkpoint: Checkpoint, groups: tuple[SiteGroup, ...]) -> ImageLa
     for group in groups:
         present = [weights[site.index] for site in group.sites if site.index in weights]
         cursor = _place_group(present, cursor, sites)
-    params: dict[str, tuple[int, tuple[int, ...]]] = {}
-    for name, tensor in checkpoint.params.items():
-        params[name] = cursor, tuple(tensor.shape)
-        cursor = align(cursor + tensor.size)
-    return ImageLayout(cursor, tuple(sites), params)
+    params, cursor = _place_all(checkpoint.params, cursor)
+    extras: dict[str, ExtrasLayout] = {}
+    for path, extra in checkpoint.extras.items():
+        own, cursor = _place_all(extra.params, cursor)
+        blocks, cursor = _place_all(extra.blocks, cursor)
+        extras[path] = ExtrasLayout(own, blocks, extra.row_ids)
+    return ImageLayout(cursor, tuple(sites), params, extras)
 
 
 def _place_group(present: list[SiteWeights], cursor: int, sites: list[SitePlacement]) -> int:
@@ -49,20 +75,56 @@ def _place_group(present: list[SiteWeights], cursor: int, sites: list[SitePlacem
     return b_offset
 
 
+def _place_all(arrays: dict[str, Array], cursor: int) -> tuple[dict[str, Place], int]:
+    places: dict[str, Place] = {}
+    for name, array in arrays.items():
+        places[name] = cursor, tuple(array.shape)
+        cursor = align(cursor + array.size)
+    return places, cursor
+
+
 def write_image(checkpoint: Checkpoint, layout: ImageLayout, run: torch.Tensor) -> None:
     """Copy a checkpoint into `run`, float32 on the host, [num_elements] or longer; without an operation of torch."""
     target = run.numpy()
     weights = {w.site.index: w for w in checkpoint.sites}
     for place in layout.sites:
         w = weights[place.site]
-        target[place.a_offset : place.a_offset + w.a.size] = w.a.reshape(-1)
-        target[place.b_offset : place.b_offset + w.b.size] = w.b.T.reshape(-1)
+        _write(target, place.a_offset, w.a)
+        _write(target, place.b_offset, w.b.T)
     for name, (offset, _) in layout.params.items():
-        target[offset : offset + checkpoint.params[name].size] = checkpoint.params[name].reshape(-1)
+        _write(target, offset, checkpoint.params[name])
+    for offset, array in _extra_blocks(checkpoint.extras, layout):
+        _write(target, offset, array)
+
+
+def _extra_blocks(extras: dict[str, ModuleExtras], layout: ImageLayout) -> Iterator[tuple[int, Array]]:
+    for path, places in layout.extras.items():
+        for name, (offset, _) in places.params.items():
+            yield offset, extras[path].params[name]
+        blocks = extras[path].blocks
+        for name, (offset, _) in places.blocks.items():
+            yield offset, blocks[name]
+
+
+def _write(target: Array, offset: int, array: Array) -> None:
+    np.copyto(target[offset : offset + array.size].reshape(array.shape), array)
 
 
 def head_views(layout: ImageLayout, run: torch.Tensor) -> dict[str, torch.Tensor]:
     """The head's parameters as views of a published run."""
-    return {
-        name: run[offset : offset + math.prod(shape)].view(shape) for name, (offset, shape) in layout.params.items()
-    }
+    return _views(layout.params, run)
+
+
+def extras_views(layout: ImageLayout, run: torch.Tensor) -> dict[str, ExtrasViews]:
+    """What each module changes beside LoRA, as views of a published run."""
+    found: dict[str, ExtrasViews] = {}
+    for path, places in layout.extras.items():
+        tensors = _views(places.blocks, run)
+        if places.row_ids is not None:
+            tensors["row_ids"] = torch.from_numpy(places.row_ids).to(run.device)
+        found[path] = ExtrasViews(_views(places.params, run), tensors)
+    return found
+
+
+def _views(places: dict[str, Place], run: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {name: run[offset : offset + math.prod(shape)].view(shape) for name, (offset, shape) in places.items()}

@@ -13,8 +13,8 @@ import torch
 
 from lora_runtime.adapters.base_spec import BaseSpec
 from lora_runtime.adapters.checkpoint import Checkpoint, read_checkpoint
-from lora_runtime.adapters.folder import read_card
 from lora_runtime.adapters.image import ImageLayout, plan_image, write_image
+from lora_runtime.adapters.plan import read_card
 from lora_runtime.errors import AdapterRejected, MultiloraError
 from lora_runtime.types import AdapterCard, AdapterId
 
@@ -66,7 +66,7 @@ class AdapterLoader:
 
         def read() -> LoaderMessage:
             try:
-                return CardRead(adapter, read_card(folder))
+                return CardRead(adapter, read_card(folder, self._base))
             except MultiloraError as error:
                 return CardRead(adapter, error)
 

@@ -7,17 +7,20 @@ from a `config.json` beside the adapter, else `LABEL_i`.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lora_runtime.errors import AdapterRejected
-from lora_runtime.types import ProblemType, Task
+from lora_runtime.types import Pooling, ProblemType, Task
 
 METADATA_FILE = "multilora.json"
 MAX_JSON_BYTES = 4 << 20
 MAX_TOKENS = (1 << 31) - 1  # what the protocol can say
+
+LABELLED_TASKS = frozenset({Task.CLASSIFY, Task.CLASSIFY_TOKENS})
 
 Label = Annotated[str, Field(max_length=256)]
 
@@ -46,33 +49,44 @@ class AdapterMetadata(BaseModel):
     format: Literal[1] = 1
     task: Task
     problem_type: ProblemType = ProblemType.SINGLE_LABEL
-    labels: tuple[Label, ...] = Field(min_length=1)  # in the order of the head's rows
+    labels: tuple[Label, ...] | None = Field(default=None, min_length=1)  # of a classifier: in the order of its rows
     max_length: int | None = Field(default=None, ge=1, le=MAX_TOKENS)  # tokens, special ones included
     pad_token_id: int | None = Field(default=None, ge=0)
+    pooling: Pooling | None = None  # of an EMBED adapter
+    normalize: bool = False  # whether an EMBED adapter's vectors are divided by their length
+    token_types: bool | None = None  # whether training told the texts of a pair apart; None: as PEFT's class does
     base_model_name: str | None = None
     base: BaseFingerprint | None = None
     digests: dict[str, str] = Field(default_factory=dict[str, str])  # file name → SHA-256, this file excluded
     metrics: dict[str, float] = Field(default_factory=dict[str, float])  # of the best checkpoint, on validation data
 
     @model_validator(mode="after")
-    def _labels_are_distinct(self) -> AdapterMetadata:
-        if len(set(self.labels)) != len(self.labels):
+    def _fields_are_those_of_the_task(self) -> AdapterMetadata:
+        if (self.labels is not None) != (self.task in LABELLED_TASKS):
+            wanted = "need labels" if self.task in LABELLED_TASKS else "have no labels"
+            raise ValueError(f"adapters that {self.task} {wanted}")
+        if self.labels is not None and len(set(self.labels)) != len(self.labels):
             raise ValueError("labels repeat; each row of the head needs its own")
+        if (self.pooling is not None or self.normalize) and self.task is not Task.EMBED:
+            raise ValueError(f"adapters that {self.task} have neither pooling nor normalize")
         return self
 
     def write(self, folder: Path) -> None:
         """Write `folder/multilora.json`, indented, keys in declaration order."""
-        text = self.model_dump_json(indent=2, exclude_none=True)
+        text = self.model_dump_json(indent=2, exclude_none=True, exclude={} if self.normalize else {"normalize"})
         (folder / METADATA_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def read_metadata(folder: Path) -> AdapterMetadata | None:
     """The folder's metadata, None without the file; raises AdapterRejected when it is not valid."""
     path = folder / METADATA_FILE
-    if not path.exists():
-        return None
+    return parse_metadata(read_json_object(path)) if path.exists() else None
+
+
+def parse_metadata(content: Mapping[str, object]) -> AdapterMetadata:
+    """Check the content of `multilora.json`."""
     try:
-        return AdapterMetadata.model_validate(read_json_object(path))
+        return AdapterMetadata.model_validate(content)
     except ValidationError as error:
         raise AdapterRejected("METADATA_INVALID", METADATA_FILE, describe_validation(error)) from error
 
@@ -81,13 +95,23 @@ def read_json_object(path: Path) -> dict[str, object]:
     """One JSON object from `path`; raises AdapterRejected for anything else, or more than 4 MiB of it."""
     if path.stat().st_size > MAX_JSON_BYTES:
         raise AdapterRejected("JSON_TOO_LARGE", path.name, f"is larger than {MAX_JSON_BYTES >> 20} MiB")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise AdapterRejected("JSON_INVALID", path.name, f"is not valid JSON ({error})") from error
+    return parse_json_object(path.read_bytes(), path.name)
+
+
+def parse_json_object(data: bytes, file: str) -> dict[str, object]:
+    """The JSON object that the bytes of a file are; raises AdapterRejected for anything else."""
+    value = parse_json(data, file)
     if not isinstance(value, dict):
-        raise AdapterRejected("JSON_INVALID", path.name, f"holds a JSON {type(value).__name__}, not an object")
+        raise AdapterRejected("JSON_INVALID", file, f"holds a JSON {type(value).__name__}, not an object")
     return value
+
+
+def parse_json(data: bytes, file: str) -> Any:
+    """Any JSON value; raises AdapterRejected for anything else."""
+    try:
+        return json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise AdapterRejected("JSON_INVALID", file, f"is not valid JSON ({error})") from error
 
 
 def describe_validation(error: ValidationError) -> str:

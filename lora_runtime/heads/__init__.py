@@ -1,6 +1,7 @@
 """Task heads over the shared backbone."""
 
-from lora_runtime.heads.scores import scores_of
+from lora_runtime.heads.outputs import output_of
+from lora_runtime.heads.pooled import PooledHead
 from lora_runtime.heads.task_head import TaskHead
 
-__all__ = ["TaskHead", "scores_of"]
+__all__ = ["PooledHead", "TaskHead", "output_of"]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_runtime.batch import Row, require_step
+from lora_runtime.batch import Resident, Row, require_step, scale_and_shift
 from lora_runtime.types import Site, SiteGroup
 
 
@@ -17,7 +16,7 @@ class SequenceLinear(nn.Module):
     """Applies, to each row's sequence, the adapter's weight and bias, else the base's, else nothing (zeros).
 
     The output is as wide as the widest adapter of the batch; narrower ones are zero beyond their own labels. A
-    base layer that is a site (a pooler) also adds its rows' low-rank deltas.
+    base layer that is a site (a pooler, lm_head) also adds its rows' low-rank deltas and extras.
     """
 
     def __init__(self, name: str, base: nn.Linear, from_base: bool) -> None:
@@ -30,47 +29,64 @@ class SequenceLinear(nn.Module):
         """Make the layer adaptable by LoRA."""
         self._site = site, group
 
+    def own(self, resident: Resident) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(weight, bias) that an adapter brings for this layer, from its head or in place of the base's."""
+        extras = resident.extras.get(self._name)
+        replaced = {} if extras is None else extras.params
+        weight = resident.params.get(f"{self._name}.weight", replaced.get("weight"))
+        return weight, resident.params.get(f"{self._name}.bias", replaced.get("bias"))
+
+    def width(self, resident: Resident) -> int:
+        """How many outputs an adapter's rows have."""
+        weight, _ = self.own(resident)
+        if weight is not None:
+            return weight.shape[0]
+        return 0 if self._base is None else self._base.out_features
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [N, ..., d_in] → [N, ..., widest d_out]."""
-        step = require_step()
-        segments = _segments(step.batch.rows, self._name)
-        y = self._base(x) if self._base is not None else _zeros(x, segments, f"{self._name}.weight")
-        for start, end, params in segments:
-            weight = params.get(f"{self._name}.weight")
-            bias = params.get(f"{self._name}.bias")
+        segments = self._segments(require_step().batch.rows)
+        y = self._from_base(x, max((self.width(resident) for *_, resident in segments), default=0))
+        for start, end, resident in segments:
+            weight, bias = self.own(resident)
             if self._base is not None:
                 weight = self._base.weight if weight is None else weight
                 bias = self._base.bias if bias is None else bias
             if weight is not None:
                 y[start:end, ..., : weight.shape[0]] = F.linear(x[start:end], weight, bias)
         if self._site is not None:
-            self._add_deltas(x, y)
+            self._adapt(x, y, *self._site)
         return y
 
-    def _add_deltas(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        assert self._site is not None
-        site, group = self._site
+    def _segments(self, rows: tuple[Row, ...]) -> list[tuple[int, int, Resident]]:
+        """(first row, end, adapter) of neighbours that share an adapter which brings this layer's parameters."""
+        found: list[tuple[int, int, Resident]] = []
+        start = 0
+        for resident, same in groupby(rows, key=lambda row: row.resident):
+            end = start + len(list(same))
+            if any(part is not None for part in self.own(resident)):
+                found.append((start, end, resident))
+            start = end
+        return found
+
+    def _from_base(self, x: torch.Tensor, width: int) -> torch.Tensor:
+        """What the base answers, at least `width` wide."""
+        if self._base is None:
+            return x.new_zeros(*x.shape[:-1], width)
+        y = self._base(x)
+        return F.pad(y, (0, width - y.shape[-1])) if width > y.shape[-1] else y
+
+    def _adapt(self, x: torch.Tensor, y: torch.Tensor, site: Site, group: SiteGroup) -> None:
         step = require_step()
         rows = x.reshape(-1, x.shape[-1])
-        plan = step.sequence_plan(len(rows) // len(x))
-        if plan.active(group):
-            step.backend.expand(step.backend.shrink(rows, group, plan), site, plan, y.view(-1, y.shape[-1]))
-
-
-def _segments(rows: tuple[Row, ...], name: str) -> list[tuple[int, int, Mapping[str, torch.Tensor]]]:
-    """(first row, last, parameters) of neighbours that share an adapter which brings this layer's parameters."""
-    found: list[tuple[int, int, Mapping[str, torch.Tensor]]] = []
-    start = 0
-    for _, same in groupby(rows, key=lambda row: id(row.params)):
-        members = list(same)
-        if any(key.rpartition(".")[0] == name for key in members[0].params):
-            found.append((start, start + len(members), members[0].params))
-        start += len(members)
-    return found
-
-
-def _zeros(
-    x: torch.Tensor, segments: list[tuple[int, int, Mapping[str, torch.Tensor]]], weight_name: str
-) -> torch.Tensor:
-    width = max((params[weight_name].shape[0] for *_, params in segments), default=0)
-    return x.new_zeros(*x.shape[:-1], width)
+        owners = step.sequences(len(rows) // len(x))
+        extras = owners.extras(self._name)
+        flat = y.view(-1, y.shape[-1])
+        for start, end, extra in extras:
+            if extra.row_ids is not None and extra.rows is not None:  # trainable tokens of an output layer
+                flat[start:end, extra.row_ids] = F.linear(rows[start:end], extra.rows)
+        if owners.plan.active(group):
+            out = flat if flat.shape[1] == site.d_out else flat[:, : site.d_out].contiguous()
+            step.backend.expand(step.backend.shrink(rows, group, owners.plan), site, owners.plan, out)
+            flat[:, : site.d_out] = out
+        scale_and_shift(flat[:, : site.d_out], extras)

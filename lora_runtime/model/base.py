@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lora_runtime.adapters.base_spec import BaseSpec
-from lora_runtime.batch import Batch
-from lora_runtime.heads import TaskHead
+from lora_runtime.batch import Batch, Resident, Row, Step, current_step
+from lora_runtime.heads import PooledHead, TaskHead
 from lora_runtime.types import Task
+
+MakeStep = Callable[[Batch], Step]
+
+# Padding is computed and thrown away: a padded batch ends where more than half of it would be padding.
+_MAX_PADDED_RATIO = 2.0
+
+
+class Backbone(Protocol):
+    """Hidden states of rows, whatever the base needs to compute them."""
+
+    @property
+    def inputs(self) -> ForwardInputs: ...
+
+    def hidden(self, rows: Sequence[Row], make_step: MakeStep) -> torch.Tensor:
+        """[T, d] in the order of `rows`, each sequence attending to itself alone."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
-class PackedBackbone:
-    """A backbone run on packed sequences.
+class ForwardInputs:
+    """What a backbone's forward takes.
 
     `padding_idx` is None where positions count from 0. The RoBERTa family counts from `padding_idx + 1` and does
     not count tokens that are the padding token; it is set to that token there.
@@ -25,17 +42,20 @@ class PackedBackbone:
 
     module: nn.Module
     takes_token_types: bool
+    takes_positions: bool
+    takes_cache: bool  # a decoder, which would otherwise keep keys and values
     padding_idx: int | None
 
-    def __call__(self, batch: Batch) -> torch.Tensor:
-        """Hidden states [T, d] of a batch; the caller has set the current step."""
-        inputs: dict[str, Any] = {
-            "input_ids": batch.input_ids[None],
-            "position_ids": self._positions(batch)[None],
-        }
+    def arguments(self, batch: Batch) -> dict[str, torch.Tensor | bool]:
+        """Keyword arguments of packed tokens, [1, T] each."""
+        inputs: dict[str, torch.Tensor | bool] = {"input_ids": batch.input_ids[None]}
+        if self.takes_positions:
+            inputs["position_ids"] = self._positions(batch)[None]
         if self.takes_token_types:
             inputs["token_type_ids"] = batch.token_type_ids[None]
-        return self.module(**inputs).last_hidden_state[0]
+        if self.takes_cache:
+            inputs["use_cache"] = False
+        return inputs
 
     def _positions(self, batch: Batch) -> torch.Tensor:
         if self.padding_idx is None:
@@ -48,11 +68,90 @@ class PackedBackbone:
 
 
 @dataclass(frozen=True, slots=True)
+class PackedBackbone:
+    """A backbone that runs all sequences as one row of tokens, through our attention function."""
+
+    inputs: ForwardInputs
+
+    def hidden(self, rows: Sequence[Row], make_step: MakeStep) -> torch.Tensor:
+        """[T, d]."""
+        batch = Batch.pack(rows)
+        return _run(self.inputs.module, self.inputs.arguments(batch), make_step(batch))[0]
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedBackbone:
+    """A backbone with an attention of its own, which sees sequences padded on the right, [N, L], and a mask.
+
+    Rows are put in batches of like length. An adapter that changes a module which the base runs once for all
+    sequences (`Resident.alone`) gets batches of its own.
+    """
+
+    inputs: ForwardInputs
+    pad_id: int
+
+    def hidden(self, rows: Sequence[Row], make_step: MakeStep) -> torch.Tensor:
+        """[T, d]."""
+        found: list[torch.Tensor] = [torch.empty(0)] * len(rows)
+        for chosen in _batches(rows):
+            batch = Batch.pack([rows[i] for i in chosen], padded=True)
+            padded = _run(self.inputs.module, self._arguments(batch), make_step(batch))  # [N, L, d]
+            for place, i in enumerate(chosen):
+                found[i] = padded[place, : batch.lengths[place]]
+        return torch.cat(found)
+
+    def _arguments(self, batch: Batch) -> dict[str, torch.Tensor | bool]:
+        assert batch.padded_length is not None
+        counts = torch.tensor(batch.lengths)[:, None]
+        real = torch.arange(batch.padded_length)[None, :] < counts
+        packed = self.inputs.arguments(batch)
+        padded: dict[str, torch.Tensor | bool] = {"attention_mask": real.long()}
+        for name, value in packed.items():
+            if isinstance(value, torch.Tensor):
+                filler = self.pad_id if name == "input_ids" else (self.inputs.padding_idx or 0)
+                filler = 0 if name == "token_type_ids" else filler
+                padded[name] = value.new_full(real.shape, filler).masked_scatter_(real, value[0])
+            else:
+                padded[name] = value
+        return padded
+
+
+def _run(module: nn.Module, arguments: dict[str, Any], step: Step) -> torch.Tensor:
+    token = current_step.set(step)
+    try:
+        return module(**arguments).last_hidden_state
+    finally:
+        current_step.reset(token)
+
+
+def _batches(rows: Sequence[Row]) -> list[list[int]]:
+    """Indices of rows, in batches of like length; in each, the rows of one adapter are adjacent."""
+    of_owner: dict[int, list[int]] = {}
+    place: dict[Resident, int] = {}
+    for i, row in enumerate(rows):
+        place.setdefault(row.resident, len(place))
+        of_owner.setdefault(place[row.resident] if row.resident.alone else -1, []).append(i)
+    batches: list[list[int]] = []
+    for members in of_owner.values():
+        real = 0
+        current: list[int] = []
+        for i in sorted(members, key=lambda i: rows[i].sequence.num_tokens):
+            length = rows[i].sequence.num_tokens
+            if current and length * (len(current) + 1) > _MAX_PADDED_RATIO * (real + length):
+                batches.append(current)
+                current, real = [], 0
+            current.append(i)
+            real += length
+        batches.append(current)
+    return [sorted(batch, key=lambda i: place[rows[i].resident]) for batch in batches]
+
+
+@dataclass(frozen=True, slots=True)
 class BaseModel:
-    """A base whose sites are wrapped and whose packed forward was proved exact."""
+    """A base whose modules are wrapped and whose forward was proved to keep sequences apart."""
 
     spec: BaseSpec
-    backbone: PackedBackbone
-    heads: dict[Task, TaskHead]
+    backbone: Backbone
+    heads: dict[Task, TaskHead | PooledHead]
     tokenizer: PreTrainedTokenizerBase
     hidden_size: int

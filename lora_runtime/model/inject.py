@@ -1,109 +1,81 @@
-"""Finding the base's linear projections, and wrapping them in place. Nothing is merged."""
+"""Sites and leaves of an observed base, and wrapping them in place. Nothing is merged."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
-import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from lora_runtime.batch import current_step
+from lora_runtime.adapters.base_spec import Leaf, LeafKind
+from lora_runtime.model.observe import Observed, Rows, kind_of, widths
+from lora_runtime.model.wrapped import AdaptedEmbedding, AdaptedLeaf, LoraLinear
 from lora_runtime.types import Site, SiteGroup
 
 
-class LoraLinear(nn.Module):
-    """A base projection that adds, per segment of the running step, the segment's own low-rank delta."""
-
-    def __init__(self, base: nn.Linear, site: Site, group: SiteGroup) -> None:
-        super().__init__()
-        self.base = base
-        self.site = site
-        self.group = group
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The base's own weight: some architectures read its dtype."""
-        return self.base.weight
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        return self.base.bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., T, d_in] → [..., T, d_out]."""
-        y = self.base(x)
-        step = current_step.get()
-        if step is not None and (plan := step.token_plan).active(self.group):
-            shrunk = step.shrink(x, self.group, plan)
-            step.backend.expand(shrunk, self.site, plan, y.view(-1, y.shape[-1]))
-        return y
-
-
-@dataclass(frozen=True, slots=True)
-class Calls:
-    """The linear modules that ran in one forward, in order: (path, number of their input)."""
-
-    per_token: tuple[tuple[str, int], ...]
-    per_sequence: tuple[str, ...]
-
-
-def observe_calls(backbone: nn.Module, num_tokens: int, forward: Callable[[], object]) -> Calls:
-    """Run `forward` on one sequence of `num_tokens` and note which linears saw every token, and of which input."""
-    seen: dict[str, int] = {}
-    per_sequence: list[str] = []
-    inputs: list[torch.Tensor] = []  # kept alive, so that `is` tells inputs apart
-
-    def note(path: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            del module
-            x = args[0]
-            if x.dim() < 2 or x.shape[-2] != num_tokens:
-                per_sequence.append(path)
-            elif path not in seen:
-                if not inputs or inputs[-1] is not x:
-                    inputs.append(x)
-                seen[path] = len(inputs) - 1
-
-        return hook
-
-    linears = [(path, module) for path, module in backbone.named_modules() if isinstance(module, nn.Linear)]
-    handles = [module.register_forward_pre_hook(note(path)) for path, module in linears]
-    try:
-        forward()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return Calls(tuple(seen.items()), tuple(dict.fromkeys(per_sequence)))
-
-
 def make_sites(
-    calls: Calls, backbone: nn.Module, sequence_linears: dict[str, nn.Linear]
+    observed: dict[str, Observed], sequence_linears: dict[str, nn.Module]
 ) -> tuple[tuple[Site, ...], tuple[SiteGroup, ...]]:
     """Sites in call order, those that share an input in one group; then the sequence sites, a group each."""
     sites: list[Site] = []
     members: dict[int, list[Site]] = {}
-    group_of_input: dict[int, int] = {}
-    for path, number in calls.per_token:
-        linear = backbone.get_submodule(path)
-        assert isinstance(linear, nn.Linear)
-        group = group_of_input.setdefault(number, len(group_of_input))
-        sites.append(Site(len(sites), path, linear.in_features, linear.out_features, group, per_sequence=False))
-        members.setdefault(group, []).append(sites[-1])
+    group_of_input: dict[int | str, int] = {}
+    for path, leaf in observed.items():
+        if leaf.kind is LeafKind.LINEAR and leaf.per_token:
+            source = path if leaf.number is None else leaf.number
+            group = group_of_input.setdefault(source, len(group_of_input))
+            sites.append(Site(len(sites), path, *widths(leaf.module), group, per_sequence=False))
+            members.setdefault(group, []).append(sites[-1])
     for path, linear in sequence_linears.items():
         group = len(members)
-        sites.append(Site(len(sites), path, linear.in_features, linear.out_features, group, per_sequence=True))
+        sites.append(Site(len(sites), path, *widths(linear), group, per_sequence=True))
         members[group] = [sites[-1]]
     groups = tuple(SiteGroup(index, found[0].d_in, tuple(found)) for index, found in sorted(members.items()))
     return tuple(sites), groups
 
 
-def wrap_sites(backbone: nn.Module, sites: tuple[Site, ...], groups: tuple[SiteGroup, ...]) -> None:
-    """Replace each token site's linear by a LoraLinear around it."""
-    for site in sites:
-        if site.per_sequence:
+def make_leaves(observed: dict[str, Observed], sequence_linears: dict[str, nn.Module], packed: bool) -> dict[str, Leaf]:
+    """What adapters may change. Where sequences are packed, a module that sees no row per token is none of it."""
+    leaves = {
+        path: make_leaf(path, leaf.module)
+        for path, leaf in observed.items()
+        if leaf.per_token and not (packed and Rows.SHARED in leaf.rows)
+    }
+    return leaves | {path: make_leaf(path, linear, per_sequence=True) for path, linear in sequence_linears.items()}
+
+
+def make_leaf(path: str, module: nn.Module, *, per_sequence: bool = False) -> Leaf:
+    """A module as an adapter's checkpoint knows it."""
+    scale = getattr(module, "embed_scale", None)
+    return Leaf(
+        path=path,
+        kind=kind_of(module),
+        shapes={name: tuple(value.shape) for name, value in module.named_parameters()},
+        transposed=isinstance(module, Conv1D),
+        embed_scale=1.0 if scale is None else float(scale),
+        per_sequence=per_sequence,
+    )
+
+
+def shared_modules(observed: dict[str, Observed]) -> frozenset[str]:
+    """Paths of modules that the base runs once for all sequences of a batch."""
+    return frozenset(path for path, leaf in observed.items() if Rows.SHARED in leaf.rows)
+
+
+def wrap_leaves(
+    backbone: nn.Module, observed: dict[str, Observed], sites: tuple[Site, ...], groups: tuple[SiteGroup, ...]
+) -> None:
+    """Replace each leaf that runs per token by its wrapper."""
+    site_at = {site.name: site for site in sites if not site.per_sequence}
+    for path, leaf in observed.items():
+        if not leaf.per_token:
             continue
-        parent, _, child = site.name.rpartition(".")
-        linear = backbone.get_submodule(site.name)
-        assert isinstance(linear, nn.Linear)
-        setattr(backbone.get_submodule(parent), child, LoraLinear(linear, site, groups[site.group]))
+        parent, _, child = path.rpartition(".")
+        setattr(backbone.get_submodule(parent), child, _wrapper(path, leaf, site_at, groups))
+
+
+def _wrapper(path: str, leaf: Observed, site_at: dict[str, Site], groups: tuple[SiteGroup, ...]) -> nn.Module:
+    if leaf.kind is LeafKind.LINEAR:
+        return LoraLinear(leaf.module, site_at[path], groups[site_at[path].group])
+    if leaf.kind is LeafKind.EMBEDDING:
+        assert isinstance(leaf.module, nn.Embedding)
+        return AdaptedEmbedding(leaf.module, path)
+    return AdaptedLeaf(leaf.module, path)

@@ -1,63 +1,223 @@
-"""Loading a base: sites and heads found by observation, the packed forward proved before anything is served."""
+"""Loading a base: sites and heads found by observation, its forward proved before anything is served."""
 
 from __future__ import annotations
 
-import inspect
+import copy
+import logging
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
-from lora_runtime.adapters.base_spec import BaseSpec
+from lora_runtime.adapters.base_spec import Array, BaseSpec, LeafKind
 from lora_runtime.adapters.config import CONFIG_FILE
 from lora_runtime.adapters.fingerprint import fingerprint_base
+from lora_runtime.adapters.metadata import BaseFingerprint
+from lora_runtime.adapters.tokenizer import tokenizer_digest
 from lora_runtime.errors import BaseModelUnsupported
-from lora_runtime.heads import TaskHead
+from lora_runtime.heads import PooledHead, TaskHead
 from lora_runtime.heads.task_head import PROBE_LABELS
-from lora_runtime.model.base import BaseModel
-from lora_runtime.model.inject import Calls, make_sites, observe_calls, wrap_sites
-from lora_runtime.model.probe import SeparateOutputs, prove_head, prove_packed, separate_outputs
-from lora_runtime.types import Task
+from lora_runtime.model.base import Backbone, BaseModel, PackedBackbone
+from lora_runtime.model.inject import make_leaves, make_sites, shared_modules, wrap_leaves
+from lora_runtime.model.observe import PROBE_BATCH, PROBE_TOKENS, Observed, observe
+from lora_runtime.model.probe import SeparateOutputs, prove_backbone, prove_head, separate_outputs, takes
+from lora_runtime.model.skeleton import AUTO_CLASSES, Skeleton, build_skeleton, has_class
+from lora_runtime.types import Pooling, Site, SiteGroup, Task
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Looked:
+    """The base as it is before anything is changed."""
+
+    backbone: nn.Module
+    config: Any
+    decoder: bool
+    fingerprint: BaseFingerprint
+    modules: frozenset[str]
+    parameters: dict[str, Array]
+    skeletons: list[Skeleton]
+    drawn: dict[Task, dict[str, torch.Tensor]]  # what adapters will bring, at random for the proof
+    unserved: dict[Task, str]
+    observed: dict[str, Observed]
+    expected: SeparateOutputs
+    word_embedding: str
 
 
 def load_base(name_or_path: str | Path) -> BaseModel:
-    """Load an encoder by hub name or folder, in fp32 on the CPU.
+    """Load an encoder or a decoder by hub name or folder, in fp32 on the CPU.
 
-    Raises BaseModelUnsupported when it cannot be loaded or when its packed forward is not exact.
+    Raises BaseModelUnsupported when it cannot be loaded, or when sequences run together are not exact. A task whose
+    head is not exact is left out, with the reason in `BaseSpec.unserved`.
     """
     name = Path(name_or_path).resolve().name if Path(name_or_path).exists() else str(name_or_path)
-    model, missing, tokenizer = _from_pretrained(name_or_path, name)
-    prefix: str = model.base_model_prefix
-    backbone: nn.Module = getattr(model, prefix)
-    if "position_ids" not in inspect.signature(backbone.forward).parameters:
-        raise BaseModelUnsupported(f"base {name}: its forward takes no position_ids, which packing needs", base=name)
-    fingerprint = fingerprint_base(backbone, model.config)
-    model.float().eval().requires_grad_(False)
-    modules = frozenset(path for path, _ in backbone.named_modules())
-    calls, children, expected = _observe(model, backbone)
-    drawn = {key.removeprefix(f"{prefix}."): model.get_parameter(key) for key in missing}
-    head = _make_head(model, prefix, children, missing, name)
-    sites, groups = make_sites(calls, backbone, head.sequence_linears)
-    wrap_sites(backbone, sites, groups)
-    head.set_sites(sites, groups)
-    packed = prove_packed(backbone, model.config, groups, expected, name)
-    prove_head(head, drawn, groups, expected, name)
-    spec = BaseSpec(
+    primary, absent, tokenizer = _from_pretrained(name_or_path, name)
+    looked = _look(primary, absent)
+    heads = _make_heads(looked)
+    linears = {path: linear for head in heads.values() for path, linear in head.sequence_linears.items()}
+    sites, groups = make_sites(looked.observed, linears)
+    for head in heads.values():
+        head.set_sites(sites, groups)
+    wrap_leaves(looked.backbone, looked.observed, sites, groups)
+    pack = not any(looked.observed[path].kind is LeafKind.LINEAR for path in shared_modules(looked.observed))
+    backbone = prove_backbone(looked.backbone, looked.config, groups, looked.expected, name, pack=pack)
+    _prove_heads(heads, looked, groups, name)
+    pooled = PooledHead(Pooling.LAST if looked.decoder else Pooling.MEAN)
+    all_heads: dict[Task, TaskHead | PooledHead] = {**heads, Task.EMBED: pooled}
+    spec = _make_spec(name, looked, backbone, all_heads, linears, sites, groups, tokenizer)
+    return BaseModel(spec, backbone, all_heads, tokenizer, looked.config.hidden_size)
+
+
+def is_decoder(config: Any) -> bool:
+    """Whether the architecture predicts the next token, and is not an encoder that could be made to."""
+    causal, masked = (auto._model_mapping for auto in (AutoModelForCausalLM, AutoModelForMaskedLM))  # pyright: ignore
+    return type(config) in causal and type(config) not in masked
+
+
+def _look(primary: Any, absent: set[str]) -> _Looked:
+    backbone: nn.Module = getattr(primary, primary.base_model_prefix)
+    fingerprint = fingerprint_base(backbone, primary.config)  # in the dtype of its checkpoint
+    primary.float().eval().requires_grad_(False)
+    decoder = is_decoder(primary.config)
+    skeletons, unserved = _skeletons(primary, backbone, absent, decoder)
+    with torch.inference_mode():
+        observed = observe(backbone, lambda: backbone(**_probe_batch(backbone)))
+        expected = separate_outputs(backbone, primary.config, skeletons)
+    embedding = primary.get_input_embeddings()
+    return _Looked(
+        backbone,
+        primary.config,
+        decoder,
+        fingerprint,
+        frozenset(path for path, _ in backbone.named_modules()),
+        {path: _host(value) for path, value in backbone.named_parameters()},
+        skeletons,
+        {skeleton.task: skeleton.drawn() for skeleton in skeletons},
+        unserved,
+        observed,
+        expected,
+        next((path for path, leaf in observed.items() if leaf.module is embedding), ""),
+    )
+
+
+def _skeletons(
+    primary: Any, backbone: nn.Module, absent: set[str], decoder: bool
+) -> tuple[list[Skeleton], dict[Task, str]]:
+    found: list[Skeleton] = []
+    unserved: dict[Task, str] = {}
+    for task in AUTO_CLASSES:
+        if task is Task.GENERATE and not decoder:
+            unserved[task] = "the base is an encoder"
+        elif not has_class(task, primary.config):
+            unserved[task] = f"transformers has no class for it on {primary.config.model_type}"
+        else:
+            skeleton = build_skeleton(task, primary, backbone, absent)
+            if task is Task.GENERATE and skeleton.missing:
+                unserved[task] = f"the base's checkpoint lacks {sorted(skeleton.missing)[0]}"
+            else:
+                found.append(skeleton)
+    return found, unserved
+
+
+def _probe_batch(backbone: nn.Module) -> dict[str, Any]:
+    """Two equal sequences, with positions for each, so that every embedding sees a row per token."""
+    ids = torch.arange(5, 5 + PROBE_TOKENS).expand(PROBE_BATCH, -1).contiguous()
+    arguments: dict[str, Any] = {"input_ids": ids}
+    if takes(backbone, "position_ids"):
+        arguments["position_ids"] = torch.arange(PROBE_TOKENS).expand(PROBE_BATCH, -1).contiguous()
+    if takes(backbone, "use_cache"):
+        arguments["use_cache"] = False
+    return arguments
+
+
+def _make_heads(looked: _Looked) -> dict[Task, TaskHead]:
+    """Heads by task; the backbone loses its per-sequence children (a pooler), which run in the head stage."""
+    names = {path.split(".")[0] for path, leaf in looked.observed.items() if not leaf.per_token}
+    heads: dict[Task, TaskHead] = {}
+    for skeleton in looked.skeletons:
+        own = sorted(names & skeleton.backbone_children)
+        children = {name: copy.deepcopy(looked.backbone.get_submodule(name)) for name in own}
+        try:
+            heads[skeleton.task] = TaskHead(
+                skeleton.task, skeleton.model, skeleton.prefix, children, set(skeleton.missing)
+            )
+        except ValueError as error:
+            looked.unserved[skeleton.task] = str(error)
+    for name in names:
+        setattr(looked.backbone, name, None)  # architectures skip a pooler that is None
+    return heads
+
+
+def _prove_heads(heads: dict[Task, TaskHead], looked: _Looked, groups: tuple[SiteGroup, ...], name: str) -> None:
+    """Drop the heads that are not exact."""
+    for skeleton in looked.skeletons:
+        if (head := heads.get(skeleton.task)) is None:
+            continue
+        try:
+            prove_head(head, looked.drawn[skeleton.task], groups, looked.expected)
+        except BaseModelUnsupported as error:
+            del heads[skeleton.task]
+            looked.unserved[skeleton.task] = error.message
+            logger.warning("base %s: %s adapters are not served: %s", name, skeleton.task, error.message)
+
+
+def _make_spec(
+    name: str,
+    looked: _Looked,
+    backbone: Backbone,
+    heads: dict[Task, TaskHead | PooledHead],
+    linears: dict[str, nn.Module],
+    sites: tuple[Site, ...],
+    groups: tuple[SiteGroup, ...],
+    tokenizer: PreTrainedTokenizerBase,
+) -> BaseSpec:
+    outside = {
+        f"{path}.{part}": _host(value)
+        for path, linear in linears.items()
+        if f"{path}.weight" not in looked.parameters
+        for part, value in linear.named_parameters()
+    }
+    return BaseSpec(
         name=name,
-        prefix=prefix,
+        prefixes=tuple(dict.fromkeys(skeleton.prefix for skeleton in looked.skeletons)),
         sites=sites,
         groups=groups,
-        heads={Task.CLASSIFY: head.spec},
-        fingerprint=fingerprint,
-        max_length=_max_length(model.config, tokenizer, packed.padding_idx),
-        modules=modules,
+        heads={task: head.spec for task, head in heads.items()},
+        fingerprint=looked.fingerprint,
+        max_length=_max_length(looked.config, tokenizer, backbone),
+        modules=looked.modules,
+        leaves=make_leaves(looked.observed, linears, packed=isinstance(backbone, PackedBackbone)),
+        parameters=looked.parameters | outside,
+        is_decoder=looked.decoder,
+        word_embedding=looked.word_embedding,
+        tied_output=looked.decoder and bool(looked.config.tie_word_embeddings),
+        tokenizer_digest=tokenizer_digest(_tokenizer_json(tokenizer)),
+        pad_token_id=looked.config.pad_token_id,
+        shared_modules=shared_modules(looked.observed),
+        unserved=looked.unserved,
     )
-    return BaseModel(spec, packed, {Task.CLASSIFY: head}, tokenizer, model.config.hidden_size)
+
+
+def _host(parameter: torch.Tensor) -> Array:
+    return parameter.detach().numpy()
+
+
+def _tokenizer_json(tokenizer: Any) -> str:
+    return tokenizer.backend_tokenizer.to_str()
 
 
 def _from_pretrained(name_or_path: str | Path, name: str) -> tuple[Any, set[str], PreTrainedTokenizerBase]:
@@ -70,12 +230,7 @@ def _from_pretrained(name_or_path: str | Path, name: str) -> tuple[Any, set[str]
         )
     try:
         with _quiet():
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                str(name_or_path),
-                num_labels=PROBE_LABELS,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
+            model, info = _load_class(str(name_or_path), name)
             tokenizer = AutoTokenizer.from_pretrained(str(name_or_path))
     except (OSError, ValueError, KeyError, ImportError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -91,31 +246,25 @@ def _from_pretrained(name_or_path: str | Path, name: str) -> tuple[Any, set[str]
     return model, missing, tokenizer
 
 
-def _observe(model: Any, backbone: nn.Module) -> tuple[Calls, dict[str, nn.Module], SeparateOutputs]:
-    """What the unmodified base does: its calls, its per-sequence children (then taken off), its outputs."""
-    with torch.inference_mode():
-        tokens = torch.arange(5, 14)[None]
-        calls = observe_calls(backbone, tokens.shape[1], lambda: backbone(input_ids=tokens))
-        names = dict.fromkeys(path.split(".")[0] for path in calls.per_sequence)
-        children = {name: backbone.get_submodule(name) for name in names}
-        expected = separate_outputs(model, backbone)
-        for name in children:
-            setattr(backbone, name, None)  # architectures skip a pooler that is None; it runs in the head stage
-        return calls, children, expected
+def _load_class(source: str, name: str) -> tuple[Any, dict[str, Any]]:
+    """A decoder with its output layer; an encoder with its classifier, for the pooler and the like."""
+    config = AutoConfig.from_pretrained(source)
+    if config.is_encoder_decoder:
+        raise BaseModelUnsupported(f"base {name}: is an encoder-decoder, which is not served yet", base=name)
+    if is_decoder(config):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True)
+    else:
+        loaded = AutoModelForSequenceClassification.from_pretrained(
+            source, num_labels=PROBE_LABELS, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    return loaded
 
 
-def _make_head(model: nn.Module, prefix: str, children: dict[str, nn.Module], missing: set[str], name: str) -> TaskHead:
-    try:
-        return TaskHead(Task.CLASSIFY, model, prefix, children, missing)
-    except ValueError as error:
-        raise BaseModelUnsupported(f"base {name}: {error}", base=name) from error
-
-
-def _max_length(config: Any, tokenizer: PreTrainedTokenizerBase, padding_idx: int | None) -> int:
+def _max_length(config: Any, tokenizer: PreTrainedTokenizerBase, backbone: Backbone) -> int:
     """Tokens: the base's positions, less the RoBERTa family's offset, and no more than its tokenizer says."""
     positions = int(getattr(config, "max_position_embeddings", 0) or 0) or 512
-    reserved = 0 if padding_idx is None else padding_idx + 1
-    return min(positions - reserved, int(tokenizer.model_max_length))
+    padding_idx = backbone.inputs.padding_idx
+    return min(positions - (0 if padding_idx is None else padding_idx + 1), int(tokenizer.model_max_length))
 
 
 @contextmanager

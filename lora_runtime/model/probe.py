@@ -1,4 +1,4 @@
-"""Proof at load: packed sequences must equal the same sequences run apart by the unmodified base.
+"""Proof at load: sequences run together must equal the same sequences run apart by the unmodified base.
 
 Some architectures accept our attention function and ignore it; they would attend from one request to another. So
 the function's calls are counted, and outputs compared, before a base serves anything.
@@ -7,6 +7,7 @@ the function's calls are counted, and outputs compared, before a base serves any
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +15,15 @@ import torch
 from torch import nn
 
 from lora_runtime.arena import ALIGNMENT, RankArena, SlotTable
-from lora_runtime.batch import Batch, Row, Step, current_step
+from lora_runtime.batch import BASE_CARD, Batch, Resident, Row, Step
 from lora_runtime.errors import BaseModelUnsupported
 from lora_runtime.heads import TaskHead
+from lora_runtime.heads.task_head import head_logits
 from lora_runtime.kernels.grouped_lora.reference import ReferenceGroupedLora
 from lora_runtime.model.attention import PACKED_ATTENTION
-from lora_runtime.model.base import PackedBackbone
-from lora_runtime.types import SiteGroup, TokenSequence
+from lora_runtime.model.base import Backbone, ForwardInputs, PackedBackbone, PaddedBackbone
+from lora_runtime.model.skeleton import Skeleton
+from lora_runtime.types import SiteGroup, Task, TokenSequence
 
 PROBE_TOLERANCE = 1e-5  # of the largest hidden value, fp32
 
@@ -30,96 +33,142 @@ class SeparateOutputs:
     """What the unmodified base answers to each probe sequence alone, by its own attention and positions."""
 
     hidden: tuple[torch.Tensor, ...]  # [n, d] each
-    logits: tuple[torch.Tensor, ...]  # [num_labels] each, by the head as it was drawn
+    logits: dict[Task, tuple[torch.Tensor, ...]]  # by each head as it was drawn
     ids: tuple[tuple[int, ...], ...]
 
 
-def separate_outputs(model: Any, backbone: nn.Module) -> SeparateOutputs:
-    """Run the task class and its backbone on each probe sequence."""
-    ids = _probe_ids(model.config)
-    hidden = tuple(backbone(input_ids=torch.tensor([i])).last_hidden_state[0] for i in ids)
-    return SeparateOutputs(hidden, tuple(model(input_ids=torch.tensor([i])).logits[0] for i in ids), ids)
+def separate_outputs(backbone: nn.Module, config: Any, skeletons: list[Skeleton]) -> SeparateOutputs:
+    """Run the backbone, and each task class around it, on each probe sequence."""
+    ids = _probe_ids(config)
+    extra = {"use_cache": False} if takes(backbone, "use_cache") else {}
+    hidden = tuple(backbone(input_ids=torch.tensor([i]), **extra).last_hidden_state[0] for i in ids)
+    logits = {s.task: tuple(_alone(s, i) for i in ids) for s in skeletons}
+    return SeparateOutputs(hidden, logits, ids)
 
 
-def prove_packed(
-    backbone: nn.Module, config: Any, groups: tuple[SiteGroup, ...], expected: SeparateOutputs, name: str
-) -> PackedBackbone:
-    """Switch a wrapped backbone to packed attention; raises BaseModelUnsupported unless it equals `expected`."""
-    backbone.set_attn_implementation(PACKED_ATTENTION)  # pyright: ignore[reportCallIssue]
-    step = _step([Row(TokenSequence(ids, None)) for ids in expected.ids], groups)
-    takes_types = "token_type_ids" in inspect.signature(backbone.forward).parameters
-    errors: list[float] = []
-    for padding_idx in (None, getattr(config, "pad_token_id", None)):
-        packed = PackedBackbone(backbone, takes_types, padding_idx)
-        error = _error(packed, step, torch.cat(expected.hidden), name)
-        _check_counted(step, config, name)
-        if error <= PROBE_TOLERANCE:
-            return packed
-        errors.append(error)
+def _alone(skeleton: Skeleton, ids: tuple[int, ...]) -> torch.Tensor:
+    logits = head_logits(skeleton.model(input_ids=torch.tensor([ids])))[0]
+    return logits[-1] if skeleton.task is Task.GENERATE else logits
+
+
+def takes(module: nn.Module, argument: str) -> bool:
+    """Whether a module's forward has an argument of that name."""
+    return argument in inspect.signature(module.forward).parameters
+
+
+def prove_backbone(
+    backbone: nn.Module, config: Any, groups: tuple[SiteGroup, ...], expected: SeparateOutputs, name: str, *, pack: bool
+) -> Backbone:
+    """Packed attention where it equals `expected`, else padding where that does; raises BaseModelUnsupported.
+
+    `pack` False leaves out the attempt to pack.
+    """
+    own_attention = config._attn_implementation  # transformers' only name for it
+    failures: list[str] = []
+    if pack and takes(backbone, "position_ids"):
+        backbone.set_attn_implementation(PACKED_ATTENTION)  # pyright: ignore[reportCallIssue]
+        try:
+            if (found := _prove(backbone, config, groups, expected, PackedBackbone, failures, count=True)) is not None:
+                return found
+        except BaseModelUnsupported as error:
+            failures.append(error.message)
+        backbone.set_attn_implementation(own_attention)  # pyright: ignore[reportCallIssue]
+    pad_id = int(getattr(config, "pad_token_id", None) or 0)
+
+    def padded(inputs: ForwardInputs) -> Backbone:
+        return PaddedBackbone(inputs, pad_id)
+
+    if (found := _prove(backbone, config, groups, expected, padded, failures, count=False)) is not None:
+        return found
     raise BaseModelUnsupported(
-        f"base {name}: packed sequences differ from separate ones by {min(errors):.1e} of the largest hidden value "
-        f"(limit {PROBE_TOLERANCE:.0e}), so requests could see each other; it is not served",
+        f"base {name}: sequences run together differ from the same run apart ({'; '.join(failures)}; the limit is "
+        f"{PROBE_TOLERANCE:.0e} of the largest hidden value), so requests could see each other; it is not served",
         base=name,
     )
 
 
-def prove_head(
-    head: TaskHead,
-    drawn: dict[str, torch.Tensor],
+def _prove(
+    backbone: nn.Module,
+    config: Any,
     groups: tuple[SiteGroup, ...],
     expected: SeparateOutputs,
-    name: str,
+    make: Callable[[ForwardInputs], Backbone],
+    failures: list[str],
+    *,
+    count: bool,
+) -> Backbone | None:
+    """The first way of counting positions that is exact; what was wrong with the others goes into `failures`."""
+    rows = [Row(TokenSequence(ids, None)) for ids in expected.ids]
+    for padding_idx in dict.fromkeys((None, getattr(config, "pad_token_id", None))):
+        candidate = make(_inputs(backbone, config, padding_idx))
+        steps: list[Step] = []
+
+        def make_step(batch: Batch, steps: list[Step] = steps) -> Step:
+            steps.append(probe_step(batch, groups))
+            return steps[-1]
+
+        try:
+            with torch.inference_mode():
+                found = candidate.hidden(rows, make_step)
+        except IndexError:  # positions beyond the table: the other way of counting is the right one
+            continue
+        if count and not _counted(steps[0], config):
+            failures.append(f"packed attention ran in {len(steps[0].attention_modules)} of its layers")
+            return None
+        want = torch.cat(expected.hidden)
+        error = float((found - want).abs().max() / want.abs().max())
+        if error <= PROBE_TOLERANCE:
+            return candidate
+        failures.append(f"{'packed' if count else 'padded'}: {error:.1e}")
+    return None
+
+
+def _inputs(backbone: nn.Module, config: Any, padding_idx: int | None) -> ForwardInputs:
+    # RoBERTa has one type and GPT-2 would embed types as tokens: neither is to be told any
+    types = takes(backbone, "token_type_ids") and int(getattr(config, "type_vocab_size", 0) or 0) > 1
+    return ForwardInputs(backbone, types, takes(backbone, "position_ids"), takes(backbone, "use_cache"), padding_idx)
+
+
+def prove_head(
+    head: TaskHead, drawn: dict[str, torch.Tensor], groups: tuple[SiteGroup, ...], expected: SeparateOutputs
 ) -> None:
     """Raise BaseModelUnsupported unless the head, given `drawn` as an adapter's parameters, gives `expected`."""
-    rows = [Row(TokenSequence(ids, None), task=head.spec.task, params=drawn) for ids in expected.ids]
-    step = _step(rows, groups)
-    with torch.inference_mode():
-        head.probe_first_token(step, expected.hidden)
-        found = head.run(step, torch.cat(expected.hidden))
-        try:
-            errors = [float((f - e).abs().max() / e.abs().max()) for f, e in zip(found, expected.logits, strict=True)]
-        except RuntimeError:  # shapes that do not even meet
-            errors = [float("inf")]
-    if not max(errors) <= PROBE_TOLERANCE:
-        raise BaseModelUnsupported(
-            f"base {name}: its {head.spec.task} head gives other logits around given hidden states "
-            f"({max(errors):.1e} of the largest, limit {PROBE_TOLERANCE:.0e}); the architecture is not served yet",
-            base=name,
-        )
-
-
-def _step(rows: list[Row], groups: tuple[SiteGroup, ...]) -> Step:
-    slots = SlotTable(sum(len(group.sites) for group in groups), groups, num_slots=1)
-    return Step(Batch.pack(rows), slots, ReferenceGroupedLora(RankArena(ALIGNMENT * 4)))
-
-
-def _error(packed: PackedBackbone, step: Step, expected: torch.Tensor, name: str) -> float:
-    token = current_step.set(step)
+    task = head.spec.task
+    bringer = Resident(-1, "", BASE_CARD, drawn)
+    rows = [Row(TokenSequence(ids, None), bringer, task) for ids in expected.ids]
+    step = probe_step(Batch.pack(rows), groups)
     try:
         with torch.inference_mode():
-            found = packed(step.batch)
-    except IndexError:  # positions beyond the table: the other way of counting is the right one
-        return float("inf")
-    except BaseModelUnsupported as error:
-        raise BaseModelUnsupported(f"base {name}: {error.message}", base=name) from error
-    finally:
-        current_step.reset(token)
-    return float((found - expected).abs().max() / expected.abs().max())
+            head.probe_first_token(step, expected.hidden)
+            pairs = zip(head.run(step, torch.cat(expected.hidden)), expected.logits[task], strict=True)
+            errors = [float((found - wanted).abs().max() / wanted.abs().max()) for found, wanted in pairs]
+    except (AttributeError, TypeError) as error:  # the class reaches into its backbone
+        raise BaseModelUnsupported(f"its {task} head needs more than hidden states ({error})") from error
+    except RuntimeError:  # shapes that do not even meet
+        errors = [float("inf")]
+    if not max(errors) <= PROBE_TOLERANCE:
+        raise BaseModelUnsupported(
+            f"its {task} head gives other logits around given hidden states "
+            f"({max(errors):.1e} of the largest, limit {PROBE_TOLERANCE:.0e})"
+        )
 
 
-def _check_counted(step: Step, config: Any, name: str) -> None:
+def probe_step(batch: Batch, groups: tuple[SiteGroup, ...]) -> Step:
+    """A step without adapters."""
+    slots = SlotTable(sum(len(group.sites) for group in groups), groups, num_slots=1)
+    return Step(batch, slots, ReferenceGroupedLora(RankArena(ALIGNMENT * 4)))
+
+
+def _counted(step: Step, config: Any) -> bool:
     called, layers = len(step.attention_modules), int(config.num_hidden_layers)
     shared = int(getattr(config, "num_hidden_groups", layers) or layers)  # ALBERT runs one layer many times
-    if called not in (layers, shared):
-        raise BaseModelUnsupported(
-            f"base {name}: packed attention ran in {called} of {layers} layers; the architecture has its own attention",
-            base=name,
-        )
+    return called in (layers, shared)
 
 
 def _probe_ids(config: Any) -> tuple[tuple[int, ...], ...]:
     """Three sequences of different lengths, one longer than any sliding window."""
-    window = int(getattr(config, "sliding_window", None) or getattr(config, "local_attention", None) or 0)
+    windows = [getattr(config, name, None) for name in ("sliding_window", "local_attention", "window_size")]
+    window = max((int(w) for w in windows if isinstance(w, int)), default=0)
     positions = int(getattr(config, "max_position_embeddings", 512) or 512)
     lengths = (7, max(2, min(2 * window + 9, positions - 4)), 5)
     generator = torch.Generator().manual_seed(0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
+from lora_runtime.arena import BASE_SLOT
 from lora_runtime.batch import Row
 from lora_runtime.engine import Engine
 from lora_runtime.runtime import Runtime, RuntimeSettings
-from lora_runtime.types import AdapterId, Request, Task, TokenSequence
+from lora_runtime.types import AdapterId, Classification, Request, Task, TokenSequence
 from server.bench.measure import OutputsDiffer, Spread, describe_machine, interleave, largest_difference, ratio
 from server.bench.packed import run_packed
 
@@ -137,11 +138,9 @@ def _contenders(
     base = AutoModelForSequenceClassification.from_pretrained(bench.base, num_labels=NUM_LABELS).eval()
     residents = runtime.engine.hold(adapters)
     _copy_head(base, residents[adapters[0]].params)
-    one_head = [Row(s, task=Task.CLASSIFY, params=residents[adapters[0]].params) for s in sequences]
-    own_head = [
-        Row(s, residents[adapters[i]].slot, Task.CLASSIFY, residents[adapters[i]].params)
-        for s, i in zip(sequences, owner, strict=True)
-    ]
+    no_lora = replace(residents[adapters[0]], slot=BASE_SLOT)
+    one_head = [Row(s, no_lora, Task.CLASSIFY) for s in sequences]
+    own_head = [Row(s, residents[adapters[i]], Task.CLASSIFY) for s, i in zip(sequences, owner, strict=True)]
     padded = _padded_batches(sequences, bench.padded_batch)
     names = [f"a{i}" for i in owner]
     call = runtime.engine.call
@@ -168,7 +167,8 @@ def _run_engine(
         engine.submit(Request(f"{i}", adapters[owner[i]], Task.CLASSIFY, (sequence,)))
         for i, sequence in enumerate(sequences)
     ]
-    return [torch.tensor(future.result().outputs[0].logits) for future in futures]
+    outputs = [future.result().outputs[0] for future in futures]
+    return [torch.tensor(output.logits) for output in outputs if isinstance(output, Classification)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lora_runtime.batch import Row
+from lora_runtime.batch import Resident, Row
 from lora_runtime.runtime import Runtime
 
 
@@ -12,9 +12,9 @@ def run_packed(runtime: Runtime, rows: list[Row], token_budget: int) -> list[tor
     """Logits of each row; batches in the order of arrival up to the budget, rows of one adapter adjacent."""
     outputs: list[torch.Tensor] = [torch.empty(0)] * len(rows)
     for batch in _batches(rows, token_budget):
-        of_adapter: dict[int, list[int]] = {}
+        of_adapter: dict[Resident, list[int]] = {}
         for i in sorted(batch, key=lambda i: rows[i].sequence.num_tokens):
-            of_adapter.setdefault(id(rows[i].params), []).append(i)
+            of_adapter.setdefault(rows[i].resident, []).append(i)
         order = [i for indices in of_adapter.values() for i in indices]
         for i, logits in zip(order, runtime.runner.run([rows[i] for i in order]), strict=True):
             outputs[i] = logits

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain, zip_longest
 from pathlib import Path
 
+from lora_runtime.arena import BASE_SLOT
 from lora_runtime.batch import Row
 from lora_runtime.runtime import Runtime, RuntimeSettings
 from lora_runtime.types import Task
@@ -29,14 +31,15 @@ def measure_base_share(base: str, work: list[tuple[Path, list[str]]], threads: i
             resident = runtime.engine.hold([adapter])[adapter]
             pairs = [(text, None) for text in texts]
             sequences = runtime.encoder.encode(pairs, max_length=resident.card.max_length, truncate=True)
-            of_adapter.append([Row(s, resident.slot, Task.CLASSIFY, resident.params) for s in sequences])
+            of_adapter.append([Row(s, resident, Task.CLASSIFY) for s in sequences])
         # in turn, as texts of different tenants arrive
         mixed = [row for row in chain.from_iterable(zip_longest(*of_adapter)) if row is not None]
         return runtime.engine.call(lambda: _compare(runtime, mixed, settings.token_budget))
 
 
 def _compare(runtime: Runtime, mixed: list[Row], token_budget: int) -> Spread:
-    plain = [Row(row.sequence, task=Task.CLASSIFY, params=mixed[0].params) for row in mixed]
+    no_lora = replace(mixed[0].resident, slot=BASE_SLOT)
+    plain = [Row(row.sequence, no_lora, Task.CLASSIFY) for row in mixed]
     alone = [runtime.runner.run([row])[0] for row in mixed]
     error = largest_difference(run_packed(runtime, mixed, token_budget), alone)
     if not error <= TOLERANCE:

@@ -71,7 +71,7 @@ def accuracy(answers: Sequence[str], wanted: Sequence[str]) -> float:
 
 def _peft_answers(base: str, folder: Path, texts: list[str], max_length: int) -> list[str]:
     metadata = read_metadata(folder)
-    assert metadata is not None
+    assert metadata is not None and metadata.labels is not None
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(metadata.labels))

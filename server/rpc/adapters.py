@@ -95,7 +95,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 def resolve(catalogue: Catalogue, reference: str) -> AdapterInfo:
     """The adapter a request names; raises InvalidRequest on field `adapter`, or AdapterNotFound."""
     if not reference:
-        raise InvalidRequest("adapter", "is empty; name an adapter")
+        raise InvalidRequest("adapter", "is empty; name the adapter")
     return catalogue.resolve(AdapterRef.parse(reference))
 
 

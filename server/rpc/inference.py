@@ -1,20 +1,33 @@
-"""InferenceService: validate, admit, tokenise, submit, reply."""
+"""InferenceService: one path for every task. Resolve, check, admit, tokenise, submit, interpret, reply.
+
+What differs between tasks is in `classify.py`, `classify_tokens.py`, `answer_question.py` and `embed.py`.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
 import uuid
+from collections.abc import Callable
+from typing import TypeVar
 
-from lora_runtime.errors import AdapterFailed, InvalidRequest
-from lora_runtime.types import AdapterCard, AdapterInfo, AdapterRef, Request, Result, Task
-from server.admission import Admission
+from lora_runtime import types
+from lora_runtime.errors import AdapterFailed, InvalidRequest, TaskMismatch
+from lora_runtime.types import AdapterCard, AdapterInfo, Request, Result, Task
+from server.admission import Admission, Permits
 from server.backend import BackendSlot, Engine, completion
 from server.metrics import ServerMetrics
-from server.pb.multilora.v1 import inference_pb2, inference_pb2_grpc
+from server.pb.multilora.v1 import common_pb2, inference_pb2, inference_pb2_grpc
+from server.rpc.adapters import resolve
+from server.rpc.answer_question import ANSWER_QUESTION
+from server.rpc.call import Call, CallRequest, Prepared, ReplyT, RequestT
+from server.rpc.classify import CLASSIFY
+from server.rpc.classify_tokens import CLASSIFY_TOKENS
 from server.rpc.context import Context, remaining_seconds
-from server.rpc.messages import classify_response
+from server.rpc.embed import EMBED
 from server.tokenize import TokenizerPool
+
+T = TypeVar("T")
 
 
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
@@ -38,43 +51,73 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def Classify(  # noqa: N802 - the proto's name
         self, request: inference_pb2.ClassifyRequest, context: Context
     ) -> inference_pb2.ClassifyResponse:
+        return await self._serve(CLASSIFY, request, context)
+
+    async def ClassifyTokens(  # noqa: N802
+        self, request: inference_pb2.ClassifyTokensRequest, context: Context
+    ) -> inference_pb2.ClassifyTokensResponse:
+        return await self._serve(CLASSIFY_TOKENS, request, context)
+
+    async def AnswerQuestion(  # noqa: N802
+        self, request: inference_pb2.AnswerQuestionRequest, context: Context
+    ) -> inference_pb2.AnswerQuestionResponse:
+        return await self._serve(ANSWER_QUESTION, request, context)
+
+    async def Embed(  # noqa: N802
+        self, request: inference_pb2.EmbedRequest, context: Context
+    ) -> inference_pb2.EmbedResponse:
+        return await self._serve(EMBED, request, context)
+
+    async def _serve(self, call: Call[RequestT, ReplyT], request: RequestT, context: Context) -> ReplyT:
+        """Answer a request of any task; permits are held from here until the reply is complete."""
         arrived = time.perf_counter()
         backend = self._slot.get()
-        ref = self._validate(request)
-        info = backend.engine.catalogue.resolve(ref)
-        card = _card_of(info)
-        with self._admission.permits(len(request.inputs)):
-            started = time.perf_counter()
-            sequences = await self._tokenizers.encode(
-                backend.encoder, _texts(request), max_length=card.max_length, truncate=request.truncate
+        info = resolve(backend.engine.catalogue, request.adapter)
+        self._check_inputs(request)
+        call.check(request)
+        card = _card_of(info, call.task)
+        with self._admission.permits(len(request.inputs)) as permits:
+            prepared, tokenize_s = await self._in_pool(
+                "tokenize", lambda: call.prepare(request, backend.encoder_for(info), card)
             )
-            tokenize_s = time.perf_counter() - started
-            self._metrics.observe_stage("tokenize", tokenize_s)
-            work = Request(uuid.uuid4().hex, info.id, Task.CLASSIFY, sequences, _deadline_monotonic(context))
-            result = await _answer(backend.engine, work)
-        return classify_response(
-            result,
-            sequences,
-            request,
-            tokenize_seconds=tokenize_s,
-            total_seconds=time.perf_counter() - arrived,
-        )
+            self._admit_windows(permits, len(prepared.sequences))
+            result = await _answer(backend.engine, _engine_request(call.task, info, prepared, context))
+            reply, interpret_s = await self._in_pool("interpret", lambda: prepared.interpret(result))
+        reply.adapter = result.adapter.resource_name
+        reply.version = result.adapter.version
+        reply.digest = result.digest
+        reply.timings.CopyFrom(_timings(result.timings, tokenize_s, interpret_s, total_s=time.perf_counter() - arrived))
+        return reply
 
-    def _validate(self, request: inference_pb2.ClassifyRequest) -> AdapterRef:
-        if not request.adapter:
-            raise InvalidRequest("adapter", "is empty; name the adapter that answers")
-        ref = AdapterRef.parse(request.adapter)
-        if not request.inputs:
+    def _check_inputs(self, request: CallRequest) -> None:
+        num_inputs = len(request.inputs)
+        if num_inputs == 0:
             raise InvalidRequest("inputs", "is empty; send at least one text")
-        if len(request.inputs) > self._max_inputs:
+        if num_inputs > self._max_inputs:
             raise InvalidRequest(
                 "inputs",
-                f"has {len(request.inputs)} texts, the limit is {self._max_inputs}; send several requests",
+                f"has {num_inputs} entries, the limit is {self._max_inputs}; send several requests",
                 limit=self._max_inputs,
             )
-        if request.HasField("top_k") and request.top_k < 1:
-            raise InvalidRequest("top_k", f"{request.top_k} is less than 1; leave it unset to get every label")
-        return ref
+
+    def _admit_windows(self, permits: Permits, num_sequences: int) -> None:
+        """Take permits for the windows of long texts, which are known only now."""
+        if num_sequences > self._admission.max_sequences:
+            raise InvalidRequest(
+                "inputs",
+                f"are {num_sequences} sequences with all windows, the server holds {self._admission.max_sequences}; "
+                "send fewer of them at once, or shorter contexts",
+                limit=self._admission.max_sequences,
+            )
+        permits.grow_to(num_sequences)
+
+    async def _in_pool(self, stage: str, work: Callable[[], T]) -> tuple[T, float]:
+        """The result of `work` in a tokeniser thread, and the seconds that took, the wait for a thread included."""
+        started = time.perf_counter()
+        done = await self._tokenizers.run(work)
+        seconds = time.perf_counter() - started
+        self._metrics.observe_stage(stage, seconds)
+        return done, seconds
 
 
 async def _answer(engine: Engine, work: Request) -> Result:
@@ -86,18 +129,35 @@ async def _answer(engine: Engine, work: Request) -> Result:
         raise
 
 
-def _card_of(info: AdapterInfo) -> AdapterCard:
-    """What tokenising needs to know; an adapter whose JSON files were refused has no card."""
+def _card_of(info: AdapterInfo, task: Task) -> AdapterCard:
+    """What tokenising needs to know; an adapter whose JSON files were refused has no card. Raises TaskMismatch."""
     if info.card is None:
         assert info.failure is not None, f"{info.id} has neither a card nor a failure"
         raise AdapterFailed(str(info.id), info.failure)
+    if info.card.task is not task:
+        raise TaskMismatch(str(info.id), task, info.card.task)
     return info.card
 
 
-def _texts(request: inference_pb2.ClassifyRequest) -> list[tuple[str, str | None]]:
-    return [(item.text, item.text_pair if item.HasField("text_pair") else None) for item in request.inputs]
-
-
-def _deadline_monotonic(context: Context) -> float | None:
+def _engine_request(task: Task, info: AdapterInfo, prepared: Prepared[ReplyT], context: Context) -> Request:
     remaining_s = remaining_seconds(context)
-    return None if remaining_s is None else time.monotonic() + remaining_s
+    return Request(
+        request_id=uuid.uuid4().hex,
+        adapter=info.id,
+        task=task,
+        sequences=prepared.sequences,
+        deadline_monotonic=None if remaining_s is None else time.monotonic() + remaining_s,
+        pooling=prepared.pooling,
+        input_of=prepared.input_of,
+    )
+
+
+def _timings(engine: types.Timings, tokenize_s: float, interpret_s: float, *, total_s: float) -> common_pb2.Timings:
+    return common_pb2.Timings(
+        queue_seconds=engine.queue_s,
+        tokenize_seconds=tokenize_s,
+        load_wait_seconds=engine.load_wait_s,
+        forward_seconds=engine.forward_s,
+        interpret_seconds=interpret_s,
+        total_seconds=total_s,
+    )

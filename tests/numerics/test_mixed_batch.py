@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,7 @@ def rows_of(runtime: Runtime, picks: list[tuple[str | None, int]]) -> list[Row]:
         else:
             resident = residents[name]
             assert resident is not None
-            rows.append(Row(sequences[text], resident.slot, Task.CLASSIFY, resident.params))
+            rows.append(Row(sequences[text], resident, Task.CLASSIFY))
     return rows
 
 
@@ -143,7 +144,7 @@ def test_batched_equals_alone(runtime: Runtime) -> None:
 def test_a_swapped_adapter_fails_the_comparison(runtime: Runtime, expected: dict[str, list[torch.Tensor]]) -> None:
     """The tolerance is sharp: the right head on the wrong adapter's hidden states is far outside it."""
     right, wrong = rows_of(runtime, [("r16-rslora", 1)]), rows_of(runtime, [("r3-qv", 1)])
-    swapped = Row(right[0].sequence, wrong[0].slot, Task.CLASSIFY, right[0].params)
+    swapped = Row(right[0].sequence, replace(right[0].resident, slot=wrong[0].slot), Task.CLASSIFY)
     want = expected["r16-rslora"][1]
     assert (runtime.runner.run(right)[0] - want).norm() / want.norm() < 1e-5
     assert (runtime.runner.run([swapped])[0] - want).norm() / want.norm() > 1e-2
@@ -167,7 +168,7 @@ def test_nothing_was_merged(runtime: Runtime, encoder_path: Path) -> None:
     from transformers import AutoModel
 
     original = AutoModel.from_pretrained(str(encoder_path)).state_dict()
-    served = runtime.runner._base.backbone.module
+    served = runtime.runner._base.backbone.inputs.module
     for site in runtime.runner._base.spec.sites:
         if not site.per_sequence:
             assert torch.equal(served.get_submodule(site.name).weight, original[f"{site.name}.weight"])

@@ -16,8 +16,9 @@ from lora_runtime.adapters.checkpoint import Checkpoint, SiteWeights
 from lora_runtime.adapters.image import ImageLayout, plan_image, write_image
 from lora_runtime.adapters.loader import CardRead, Fetched, LoaderMessage, LoadFailed, Written
 from lora_runtime.arena import RankArena, SlotTable
+from lora_runtime.batch import Resident
 from lora_runtime.errors import AdapterFailed, AdapterRejected, MultiloraError
-from lora_runtime.residency import LEGAL_MOVES, Residency, Resident, Unloaded
+from lora_runtime.residency import LEGAL_MOVES, Residency, Unloaded
 from lora_runtime.types import AdapterCard, AdapterId, AdapterInfo, AdapterState, ProblemType, Task
 from tests.fakes import WIDTH, fake_spec
 
@@ -32,7 +33,7 @@ def checkpoint_of(adapter: AdapterId) -> Checkpoint:
         SiteWeights(site, np.full((rank, WIDTH), number, np.float32), np.full((WIDTH, rank), number, np.float32), 1.0)
         for site in SPEC.sites
     )
-    return Checkpoint(CARD, f"digest-{adapter.name}", weights, {"classifier.bias": np.full(1, number, np.float32)})
+    return Checkpoint(CARD, f"digest-{adapter.name}", weights, {"classifier.bias": np.full(1, number, np.float32)}, {})
 
 
 class FakeLoader:
@@ -66,7 +67,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.slots = SlotTable(len(SPEC.sites), SPEC.groups, num_slots=1)
         self.loader = FakeLoader()
         self.states: dict[AdapterId, AdapterState] = {}
-        self.residency = Residency(self.arena, self.slots, self.loader, self.changed, lambda _a, _e: None)  # pyright: ignore
+        self.residency = Residency(SPEC, self.arena, self.slots, self.loader, self.changed, lambda _a, _e: None)  # pyright: ignore
         self.held: list[tuple[AdapterId, Resident]] = []
         self.futures: list[Future[AdapterInfo] | Future[Unloaded]] = []
         for adapter in ADAPTERS:

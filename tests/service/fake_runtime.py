@@ -1,7 +1,8 @@
 """A backend without a model: the engine's interface and promises, with answers that need no weights.
 
-A folder's `adapter_config.json` holds `{"labels": [...], "max_length": N, "weights": "broken"}`; the last two
-are optional. Tokens are words.
+A folder's `adapter_config.json` holds the fields of an adapter card that a test cares about, all of them optional,
+such as `{"task": "embed", "pooling": "cls"}`; `"weights": "broken"` makes its load fail. Answers are functions of the
+token ids that a reader can compute: see `fake_output`.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ from lora_runtime.errors import (
     AdapterNotFound,
     AdapterRejected,
     DeadlineExpired,
+    InvalidRequest,
     MultiloraError,
     RequestCancelled,
-    TextTooLong,
+    TaskMismatch,
 )
 from lora_runtime.residency import Unloaded
 from lora_runtime.types import (
+    BASE_NAME,
+    DEFAULT_TENANT,
     AdapterCard,
     AdapterId,
     AdapterInfo,
@@ -36,20 +40,32 @@ from lora_runtime.types import (
     AdapterState,
     BatchStats,
     Classification,
+    Embedding,
+    Output,
+    Pooling,
     ProblemType,
     Request,
     Result,
+    SpanLogits,
     Task,
     Timings,
+    TokenClassification,
     TokenSequence,
 )
 from server.backend import EngineObserver
+from tests.service.fake_encoder import FakeEncoder
 
 T = TypeVar("T")
 
 DIGEST = "ab" * 32
 RESIDENT_BYTES = 4096
-MAX_LENGTH = 16
+BASE = AdapterInfo(
+    AdapterId(DEFAULT_TENANT, BASE_NAME, 1),
+    Path(),
+    AdapterState.READY,
+    AdapterCard(Task.EMBED, None, ProblemType.SINGLE_LABEL, None, None, None, pooling=Pooling.MEAN),
+    digest="ba" * 32,
+)
 
 
 class FakeCatalogue:
@@ -57,6 +73,8 @@ class FakeCatalogue:
         self._adapters = adapters
 
     def resolve(self, ref: AdapterRef) -> AdapterInfo:
+        if ref.name == BASE_NAME and ref.version in (None, 1):
+            return BASE
         versions = self.versions(ref.tenant, ref.name)
         version = ref.version if ref.version is not None else next(iter(versions), 0)
         if version not in versions:
@@ -76,9 +94,10 @@ class FakeEngine:
     def __init__(self) -> None:
         self.gate = threading.Event()
         self.gate.set()
-        self.answer: Callable[[Request], Result] = self._classify
+        self.answer: Callable[[Request], Result] = self._answer
         self.cancelled: set[str] = set()
-        self.seen: list[Request] = []
+        self.submitted: list[Request] = []
+        self.seen: list[Request] = []  # those that a batch took
         self._adapters: dict[AdapterId, AdapterInfo] = {}
         self._observers: list[EngineObserver] = []
         self._requests: queue.Queue[tuple[Request, Future[Result]] | None] = queue.Queue()
@@ -95,6 +114,7 @@ class FakeEngine:
 
     def submit(self, request: Request) -> Future[Result]:
         future: Future[Result] = Future()
+        self.submitted.append(request)
         self._requests.put((request, future))
         return future
 
@@ -108,9 +128,7 @@ class FakeEngine:
         return _attempt(lambda: self._load(adapter))
 
     def unload(self, adapter: AdapterId) -> Future[Unloaded]:
-        info = self._adapters[adapter]
-        after = self._publish(replace(info, state=AdapterState.REGISTERED, resident_bytes=0))
-        return _attempt(lambda: Unloaded(after, info.resident_bytes))
+        return _attempt(lambda: self._unload(adapter))
 
     def stop(self) -> None:
         self.gate.set()
@@ -120,6 +138,8 @@ class FakeEngine:
             self.ended.set_result(None)
 
     def _register(self, adapter: AdapterId, path: Path, *, keep_failed: bool) -> AdapterInfo:
+        if adapter.is_base:
+            raise InvalidRequest("adapter", "the name is reserved for the base model")
         if adapter in self._adapters:
             raise AdapterAlreadyExists(str(adapter))
         info = AdapterInfo(adapter, path, AdapterState.REGISTERED, card=None)
@@ -130,7 +150,16 @@ class FakeEngine:
                 raise
             return self._publish(replace(info, state=AdapterState.FAILED, failure=error))
 
+    def _unload(self, adapter: AdapterId) -> Unloaded:
+        if adapter.is_base:
+            raise InvalidRequest("adapter", "the base model cannot be unloaded")
+        info = self._adapters[adapter]
+        after = self._publish(replace(info, state=AdapterState.REGISTERED, resident_bytes=0))
+        return Unloaded(after, info.resident_bytes)
+
     def _load(self, adapter: AdapterId) -> AdapterInfo:
+        if adapter.is_base:
+            return BASE
         info = self._adapters[adapter]
         if info.state is AdapterState.READY:
             return info
@@ -180,46 +209,38 @@ class FakeEngine:
         except Exception as error:  # noqa: BLE001 - tests inject anything
             return error
 
-    def _classify(self, request: Request) -> Result:
-        info = self._adapters[request.adapter]
-        if info.failure is not None:
-            raise AdapterFailed(str(info.id), info.failure)
+    def _answer(self, request: Request) -> Result:
+        known = self._adapters.get(request.adapter)
+        if known is not None and known.failure is not None:
+            raise AdapterFailed(str(known.id), known.failure)
         info = self._load(request.adapter)
-        assert info.card is not None
-        assert info.card.labels is not None
-        num_labels = len(info.card.labels)
-        outputs = tuple(fake_output(sequence, num_labels) for sequence in request.sequences)
+        card = info.card
+        assert card is not None
+        assert info.digest is not None
+        if card.task is not request.task:
+            raise TaskMismatch(str(info.id), request.task, card.task)
+        outputs = tuple(fake_output(request, sequence, card) for sequence in request.sequences)
         num_tokens = sum(sequence.num_tokens for sequence in request.sequences)
         for observer in self._observers:
-            observer.on_batch(BatchStats(len(outputs), num_tokens, 1, 0.002))
-        return Result(info.id, DIGEST, info.card, outputs, Timings(0.001, 0.0, 0.002))
-
-
-class FakeEncoder:
-    """A word is a token; an id is the sum of its characters. Two special tokens with id 0 surround a text."""
-
-    def encode(
-        self, inputs: Sequence[tuple[str, str | None]], *, max_length: int | None, truncate: bool
-    ) -> tuple[TokenSequence, ...]:
-        limit = min(max_length or MAX_LENGTH, MAX_LENGTH)
-        return tuple(self._encode(index, item, limit, truncate) for index, item in enumerate(inputs))
-
-    def _encode(self, index: int, item: tuple[str, str | None], limit: int, truncate: bool) -> TokenSequence:
-        words = f"{item[0]} {item[1] or ''}".split()
-        ids = (0, *(sum(map(ord, word)) for word in words), 0)
-        if len(ids) <= limit:
-            return TokenSequence(ids, None)
-        if not truncate:
-            raise TextTooLong(f"inputs[{index}].text", len(ids), limit)
-        return TokenSequence(ids[:limit], None, truncated=True)
+            observer.on_batch(BatchStats(len(outputs), num_tokens, int(not info.id.is_base), 0.002))
+        return Result(info.id, info.digest, card, outputs, Timings(0.001, 0.0, 0.002))
 
 
 class FakeRuntime:
+    """Clear `tokenizer_gate` to hold tokenising back."""
+
     def __init__(self) -> None:
+        self.tokenizer_gate = threading.Event()
+        self.tokenizer_gate.set()
         self.engine = FakeEngine()
-        self.encoder = FakeEncoder()
         self.base_name = "fake-base"
         self.closed = False
+        self.encoder_threads: set[str] = set()  # names of those that asked for an encoder
+
+    def encoder_for(self, info: AdapterInfo) -> FakeEncoder:
+        self.encoder_threads.add(threading.current_thread().name)
+        self.tokenizer_gate.wait()
+        return FakeEncoder(by_character=info.card is not None and info.card.tokenizer_sha256 is not None)
 
     def close(self, drain_seconds: float = 10.0) -> None:
         del drain_seconds  # nothing is ever in flight for long
@@ -227,9 +248,33 @@ class FakeRuntime:
         self.engine.stop()
 
 
-def fake_output(sequence: TokenSequence, num_labels: int) -> Classification:
-    """Logits that depend on text and label; all equal for an empty text."""
-    total = sum(sequence.input_ids)
+def fake_output(request: Request, sequence: TokenSequence, card: AdapterCard) -> Output:
+    """A function of the token ids and of what was asked.
+
+    CLASSIFY: logits that depend on text and label; all equal for an empty text. CLASSIFY_TOKENS: label `id % labels`,
+    by 4 logits. ANSWER: start and end logits are `id % 10 - 2`, 0 for special tokens. EMBED: (tokens, sum of ids % 11,
+    which pooling).
+    """
+    ids = sequence.input_ids
+    match request.task:
+        case Task.CLASSIFY:
+            return _classification(sum(ids), len(card.labels or ()))
+        case Task.CLASSIFY_TOKENS:
+            num_labels = len(card.labels or ())
+            return TokenClassification(
+                tuple(tuple(4.0 * (i == x % num_labels) for i in range(num_labels)) for x in ids)
+            )
+        case Task.ANSWER:
+            logits = tuple(float(x % 10 - 2) if x else 0.0 for x in ids)
+            return SpanLogits(logits, logits)
+        case Task.EMBED:
+            pooling = request.pooling or card.pooling
+            return Embedding((float(len(ids)), float(sum(ids) % 11), float([*Pooling].index(Pooling(pooling)))))
+        case Task.GENERATE:
+            raise NotImplementedError
+
+
+def _classification(total: int, num_labels: int) -> Classification:
     logits = tuple((total * (index + 3) % 11) / 8 for index in range(num_labels))
     normaliser = sum(map(math.exp, logits))
     return Classification(logits, tuple(math.exp(logit) / normaliser for logit in logits))
@@ -247,13 +292,16 @@ def _read_card(path: Path) -> AdapterCard:
     except (OSError, ValueError) as error:
         raise AdapterRejected("JSON_INVALID", "adapter_config.json", "is not valid JSON") from error
     return AdapterCard(
-        task=Task.CLASSIFY,
-        labels=tuple(config["labels"]),
+        task=Task(config.get("task", "classify")),
+        labels=tuple(config["labels"]) if "labels" in config else None,
         problem_type=ProblemType.SINGLE_LABEL,
         max_length=config.get("max_length"),
         pad_token_id=0,
         base_model_name="fake-base",
         metrics={"accuracy": 0.9},
+        pooling=Pooling(config.get("pooling", "mean")) if config.get("task") == Task.EMBED else None,
+        normalize=config.get("normalize", False),
+        tokenizer_sha256=config.get("tokenizer_sha256"),
     )
 
 

@@ -70,6 +70,12 @@ class Harness:
                 return float(value)
         raise AssertionError(f"no sample {series}")
 
+    async def until_admitted(self, num_sequences: int) -> None:
+        """Wait until that many sequences are admitted."""
+        async with asyncio.timeout(5):
+            while await self.sample("multilora_admitted_sequences") != num_sequences:
+                await asyncio.sleep(0.01)
+
 
 @asynccontextmanager
 async def running(
@@ -116,6 +122,21 @@ def _factory(runtime: FakeRuntime | None, hold: threading.Event | None) -> Backe
 def classify_request(adapter: str, *texts: str, **fields: Any) -> inference_pb2.ClassifyRequest:
     inputs = [inference_pb2.TextInput(text=text) for text in texts]
     return inference_pb2.ClassifyRequest(adapter=adapter, inputs=inputs, **fields)
+
+
+def tokens_request(adapter: str, *texts: str, **fields: Any) -> inference_pb2.ClassifyTokensRequest:
+    inputs = [inference_pb2.TextInput(text=text) for text in texts]
+    return inference_pb2.ClassifyTokensRequest(adapter=adapter, inputs=inputs, **fields)
+
+
+def question_request(adapter: str, *pairs: tuple[str, str], **fields: Any) -> inference_pb2.AnswerQuestionRequest:
+    inputs = [inference_pb2.QuestionInput(question=question, context=context) for question, context in pairs]
+    return inference_pb2.AnswerQuestionRequest(adapter=adapter, inputs=inputs, **fields)
+
+
+def embed_request(adapter: str, *texts: str, **fields: Any) -> inference_pb2.EmbedRequest:
+    inputs = [inference_pb2.TextInput(text=text) for text in texts]
+    return inference_pb2.EmbedRequest(adapter=adapter, inputs=inputs, **fields)
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ async def test_a_request_id_is_made_when_the_caller_sends_none(server: Harness) 
 async def test_overload_is_refused_at_once_with_a_hint(server: Harness) -> None:
     server.engine.gate.clear()
     waiting = server.inference.Classify(classify_request("spam", *["one"] * 6))
-    await until(server, 6)
+    await server.until_admitted(6)
     failure = await failure_of(server.inference.Classify(classify_request("spam", *["one"] * 3)))
     assert failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert failure.info.reason == "CAPACITY_EXCEEDED"
@@ -177,9 +177,9 @@ async def test_overload_is_refused_at_once_with_a_hint(server: Harness) -> None:
 async def test_a_cancelled_call_gives_its_permits_back(server: Harness) -> None:
     server.engine.gate.clear()
     waiting = server.inference.Classify(classify_request("spam", *["one"] * 6))
-    await until(server, 6)
+    await server.until_admitted(6)
     waiting.cancel()
-    await until(server, 0)
+    await server.until_admitted(0)
     server.engine.gate.set()
     await server.inference.Classify(classify_request("spam", *["one"] * 8))
     assert server.engine.seen[0].request_id in server.engine.cancelled
@@ -190,7 +190,7 @@ async def test_an_expired_deadline_gives_its_permits_back(server: Harness) -> No
     with pytest.raises(aio.AioRpcError) as caught:
         await server.inference.Classify(classify_request("spam", *["one"] * 6), timeout=0.2)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    await until(server, 0)
+    await server.until_admitted(0)
     server.engine.gate.set()
     await server.inference.Classify(classify_request("spam", *["one"] * 8))
     assert server.engine.seen[0].deadline_monotonic is not None
@@ -208,10 +208,3 @@ async def test_a_request_larger_than_the_limit_is_refused(server: Harness) -> No
     with pytest.raises(aio.AioRpcError) as caught:
         await server.inference.Classify(classify_request("spam", "x" * (17 << 20)))
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-
-
-async def until(server: Harness, num_sequences: int) -> None:
-    """Wait until that many sequences are admitted."""
-    async with asyncio.timeout(5):
-        while await server.sample("multilora_admitted_sequences") != num_sequences:
-            await asyncio.sleep(0.01)

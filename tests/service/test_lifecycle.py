@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,13 @@ async def test_nothing_serves_before_the_base_is_loaded(adapter_root: Path) -> N
         request = adapters_pb2.GetAdapterRequest(adapter="spam")
         adapter = (await server.adapters.GetAdapter(request)).adapter
         assert adapter.state == adapters_pb2.ADAPTER_STATE_READY
+
+
+def test_health_can_be_answered_before_the_libraries_of_models_are_imported() -> None:
+    """They take seconds, in which a server that is alive must not look dead."""
+    code = "import sys, server.app; print({'torch', 'transformers'} & set(sys.modules) or 'neither')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "neither"
 
 
 async def test_the_announcement_says_where_and_what(server: Harness) -> None:

@@ -26,7 +26,7 @@ async def test_requests_are_counted_by_method_and_code(server: Harness) -> None:
 
 async def test_stages_and_batches_are_observed(server: Harness) -> None:
     await server.inference.Classify(classify_request("spam", "one", "two words"))
-    for stage in ("tokenize", "queue", "load_wait", "forward"):
+    for stage in ("tokenize", "queue", "load_wait", "forward", "interpret"):
         assert await server.sample(f'multilora_stage_seconds_count{{stage="{stage}"}}') == 1
     assert await server.sample("multilora_batch_sequences_sum") == 2
     assert await server.sample("multilora_batch_tokens_sum") == 7

@@ -8,7 +8,6 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors.torch
@@ -17,16 +16,15 @@ import torch
 from lora_runtime.adapters.base_spec import BaseSpec
 from lora_runtime.adapters.checkpoint import Checkpoint, read_checkpoint
 from lora_runtime.adapters.fingerprint import file_sha256
-from lora_runtime.adapters.folder import read_card
 from lora_runtime.adapters.image import head_views, plan_image, write_image
 from lora_runtime.adapters.metadata import AdapterMetadata
+from lora_runtime.adapters.plan import read_card
 from lora_runtime.errors import AdapterRejected
 from lora_runtime.model.load import load_base
-from lora_runtime.types import ProblemType, Task
+from lora_runtime.types import Task
 from tests.oracle import ALL_LINEAR, make_adapter
+from tests.unit.peft_folders import CONFIG, WEIGHTS, change_config, change_tensors
 
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
 QUERY = "base_model.model.bert.encoder.layer.0.attention.self.query"
 
 
@@ -49,15 +47,8 @@ def read(folder: Path, base: BaseSpec) -> Checkpoint:
     return read_checkpoint(folder, base, max_bytes=1 << 30)
 
 
-def change_config(folder: Path, **fields: Any) -> None:
-    config = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps(config | fields))
-
-
-def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = safetensors.torch.load_file(folder / WEIGHTS)
-    change(tensors)
-    safetensors.torch.save_file(tensors, folder / WEIGHTS)
+def drop_head(folder: Path) -> None:
+    change_tensors(folder, lambda t: [t.pop(key) for key in list(t) if "classifier" in key])
 
 
 def refusal(folder: Path, base: BaseSpec) -> AdapterRejected:
@@ -107,10 +98,19 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "another method": (lambda f: change_config(f, peft_type="IA3"), "NOT_LORA", "IA3"),
     "rank zero": (lambda f: change_config(f, r=0), "CONFIG_INVALID", "field r"),
     "alpha a word": (lambda f: change_config(f, lora_alpha="big"), "CONFIG_INVALID", "lora_alpha"),
-    "DoRA": (lambda f: change_config(f, use_dora=True), "FEATURE_UNSUPPORTED", "use_dora"),
-    "biases": (lambda f: change_config(f, bias="all"), "FEATURE_UNSUPPORTED", "bias"),
-    "PiSSA": (lambda f: change_config(f, init_lora_weights="pissa"), "FEATURE_UNSUPPORTED", "pissa"),
-    "another task": (lambda f: change_config(f, task_type="CAUSAL_LM"), "TASK_UNSUPPORTED", "CAUSAL_LM"),
+    "DoRA without its magnitude": (lambda f: change_config(f, use_dora=True), "MISSING_TENSOR", "use_dora"),
+    "biases of LoRA that are not there": (lambda f: change_config(f, lora_bias=True), "MISSING_TENSOR", "lora_bias"),
+    "an unknown kind of bias": (lambda f: change_config(f, bias="some"), "CONFIG_INVALID", "bias"),
+    "a task that the base has no head for": (
+        lambda f: (drop_head(f), change_config(f, task_type="CAUSAL_LM")),
+        "TASK_UNSUPPORTED",
+        "generate",
+    ),
+    "a task of two stacks": (
+        lambda f: (drop_head(f), change_config(f, task_type="SEQ_2_SEQ_LM")),
+        "TASK_UNSUPPORTED",
+        "SEQ_2_SEQ_LM",
+    ),
     "a broken pattern": (lambda f: change_config(f, rank_pattern={"(": 4}), "CONFIG_INVALID", "regular expression"),
     "a pattern too long": (
         lambda f: change_config(f, rank_pattern={"a" * 1001: 4}),
@@ -210,12 +210,22 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "SITE_UNSUPPORTED",
         "word_embeddings",
     ),
-    "a whole module": (
+    "a norm of another width": (
         lambda f: change_tensors(
-            f, lambda t: t.update({"base_model.model.bert.embeddings.LayerNorm.weight": torch.ones(36)})
+            f, lambda t: t.update({"base_model.model.bert.embeddings.LayerNorm.weight": torch.ones(35)})
         ),
-        "FEATURE_UNSUPPORTED",
+        "SHAPE_MISMATCH",
         "LayerNorm",
+    ),
+    "a parameter of no module that can be replaced": (
+        lambda f: change_tensors(f, lambda t: t.update({"base_model.model.bert.encoder.weight": torch.ones(35)})),
+        "FEATURE_UNSUPPORTED",
+        "encoder.weight",
+    ),
+    "a weight beside LoRA": (
+        lambda f: change_tensors(f, lambda t: t.update({f"{QUERY}.weight": torch.ones(36, 36)})),
+        "UNEXPECTED_TENSOR",
+        "beside LoRA",
     ),
     "a key of nobody": (
         lambda f: change_tensors(f, lambda t: t.update({"base_model.model.extra": torch.ones(1)})),
@@ -318,38 +328,6 @@ def test_digests_of_the_metadata_are_verified(folder: Path, base: BaseSpec) -> N
     assert read(folder, base).card.labels == ("a", "b", "c")
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ({"id2label": {"0": "a", "2": "b"}}, "without a gap"),
-        ({"id2label": {"-1": "a", "0": "b"}}, "without a gap"),
-        ({"id2label": {"0": "a", "1": "a"}}, "twice"),
-        ({"id2label": {"0": "a", "1": "x" * 5000}}, "256 characters"),
-        ({"id2label": {"0": "a", "1": "\ud800"}}, "unicode"),
-        ({"id2label": {"0": "a", "one": "b"}}, "integer"),
-        ({"problem_type": ["single_label_classification"]}, "problem_type"),
-    ],
-)
-def test_a_model_config_that_names_no_label_for_each_row_is_refused(
-    folder: Path, content: dict[str, Any], words: str
-) -> None:
-    (folder / "config.json").write_text(json.dumps(content))
-    with pytest.raises(AdapterRejected, match=words) as caught:
-        read_card(folder)
-    assert caught.value.code == "CONFIG_INVALID"
-
-
-def test_one_row_is_a_regression_unless_the_files_say_otherwise(folder: Path, base: BaseSpec) -> None:
-    def one_row(tensors: dict[str, torch.Tensor]) -> None:
-        for name in ("weight", "bias"):
-            tensors[f"base_model.model.classifier.{name}"] = tensors[f"base_model.model.classifier.{name}"][:1].clone()
-
-    change_tensors(folder, one_row)
-    assert read(folder, base).card.problem_type is ProblemType.REGRESSION
-    (folder / "config.json").write_text('{"problem_type": "multi_label_classification"}')
-    assert read(folder, base).card.problem_type is ProblemType.MULTI_LABEL
-
-
 def test_a_pattern_that_would_take_for_ever_is_refused_in_seconds(
     folder: Path, base: BaseSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -372,12 +350,6 @@ def test_a_loop_of_links_is_refused(folder: Path, base: BaseSpec) -> None:
     assert refusal(folder, base).code == "LINK_OUT_OF_FOLDER"
 
 
-def test_the_name_of_the_base_is_not_a_path_of_the_machine_that_trained(folder: Path) -> None:
-    for written, name in (("/home/me/bert-base", "bert-base"), ("org/bert-base", "org/bert-base")):
-        change_config(folder, base_model_name_or_path=written)
-        assert read_card(folder).base_model_name == name
-
-
 def test_a_reason_is_printable_and_short_whatever_the_files_hold(folder: Path, base: BaseSpec) -> None:
     data = (folder / WEIGHTS).read_bytes()
     length = int.from_bytes(data[:8], "little")
@@ -389,20 +361,13 @@ def test_a_reason_is_printable_and_short_whatever_the_files_hold(folder: Path, b
     assert len(message) <= 2000
 
 
-def test_labels_come_from_a_model_config_beside_the_adapter(folder: Path) -> None:
-    rows = {str(row): f"row {row}" for row in (10, *range(10))}
-    (folder / "config.json").write_text(json.dumps({"id2label": rows, "problem_type": "multi_label_classification"}))
-    card = read_card(folder)
-    assert card.labels == tuple(f"row {row}" for row in range(11))
-    assert card.problem_type is ProblemType.MULTI_LABEL
-
-
 def test_unknown_config_fields_are_ignored_with_a_warning(
     folder: Path, base: BaseSpec, caplog: pytest.LogCaptureFixture
 ) -> None:
     change_config(folder, from_the_future=1)
-    assert read(folder, base).sites
+    assert read_card(folder, base).labels == ("LABEL_0", "LABEL_1", "LABEL_2")
     assert "from_the_future" in caplog.text
+    assert read(folder, base).sites
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

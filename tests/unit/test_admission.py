@@ -26,6 +26,34 @@ def test_a_failure_inside_gives_the_permits_back() -> None:
         assert admission.num_sequences == 10
 
 
+def test_a_request_may_turn_out_to_need_more() -> None:
+    admission = Admission(10)
+    with admission.permits(2) as permits:
+        permits.grow_to(7)
+        assert admission.num_sequences == 7
+        permits.grow_to(7)
+        permits.grow_to(3)
+        assert admission.num_sequences == 7, "permits that are held stay until the end"
+        permits.grow_to(10)
+        assert admission.num_sequences == 10
+    assert admission.num_sequences == 0
+
+
+def test_a_request_that_may_not_grow_keeps_what_it_held_until_its_end() -> None:
+    admission = Admission(10)
+    with admission.permits(6):
+        with pytest.raises(CapacityExceeded, match="3 more do not fit"), admission.permits(2) as permits:
+            permits.grow_to(5)
+        assert admission.num_sequences == 6
+        with admission.permits(2) as permits:
+            with pytest.raises(CapacityExceeded):
+                permits.grow_to(5)
+            assert admission.num_sequences == 8
+            permits.grow_to(4)
+        assert admission.num_sequences == 6
+    assert admission.num_sequences == 0
+
+
 def test_the_retry_hint_is_bounded_and_grows_with_what_is_missing() -> None:
     admission = Admission(10)
     for _ in range(50):

@@ -363,7 +363,7 @@ def test_an_engine_that_fails_answers_everybody_and_says_that_it_ended(
     def broken(*_: object) -> object:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("lora_runtime.engine.scores_of", broken)
+    monkeypatch.setattr("lora_runtime.engine.output_of", broken)
     rig.runner.gate.set()
     for future in futures:
         with pytest.raises(EngineStopped):

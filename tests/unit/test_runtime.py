@@ -141,7 +141,10 @@ def test_a_refused_folder_can_be_mended_and_loaded_again(runtime: Runtime, root:
     folder = Path(shutil.copytree(root / "news", tmp_path / "mended"))
     weights = folder / "adapter_model.safetensors"
     whole = weights.read_bytes()
-    weights.write_bytes(whole[:-8])
+    weights.write_bytes(whole[:-8])  # seen in the header: it is not registered at all
+    with pytest.raises(AdapterRejected, match="copy it again"):
+        runtime.load(folder)
+    weights.write_bytes(whole[:-4] + b"\x00\x00\xc0\x7f")  # a NaN is seen only when it is loaded
     with pytest.raises(AdapterFailed, match="mend it and load it again"):
         runtime.load(folder)
     weights.write_bytes(whole)

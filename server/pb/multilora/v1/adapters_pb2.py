@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from server.pb.multilora.v1 import common_pb2 as multilora_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmultilora/v1/adapters.proto\x12\x0cmultilora.v1\x1a\x19multilora/v1/common.proto\"1\n\x0e\x41\x64\x61pterFailure\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x86\x04\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x05\x12)\n\x05state\x18\x03 \x01(\x0e\x32\x1a.multilora.v1.AdapterState\x12-\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x1c.multilora.v1.AdapterFailure\x12\x0e\n\x06\x64igest\x18\x05 \x01(\t\x12 \n\x04task\x18\x06 \x01(\x0e\x32\x12.multilora.v1.Task\x12\x0e\n\x06labels\x18\x07 \x03(\t\x12/\n\x0cproblem_type\x18\x08 \x01(\x0e\x32\x19.multilora.v1.ProblemType\x12\x17\n\nmax_length\x18\t \x01(\x05H\x00\x88\x01\x01\x12\r\n\x05ranks\x18\n \x03(\x05\x12\x16\n\x0eresident_bytes\x18\x0b \x01(\x03\x12\x16\n\x0enum_parameters\x18\x0c \x01(\x03\x12\x19\n\x0cload_seconds\x18\r \x01(\x01H\x01\x88\x01\x01\x12\x33\n\x07metrics\x18\x0e \x03(\x0b\x32\".multilora.v1.Adapter.MetricsEntry\x12\x17\n\x0f\x62\x61se_model_name\x18\x0f \x01(\t\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_lengthB\x0f\n\r_load_seconds\"X\n\x16RegisterAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x0e\n\x06source\x18\x03 \x01(\tB\n\n\x08_version\"A\n\x17RegisterAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.multilora.v1.Adapter\"3\n\x12LoadAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0c\n\x04wait\x18\x02 \x01(\x08\"=\n\x13LoadAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.multilora.v1.Adapter\"\'\n\x14UnloadAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"T\n\x15UnloadAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.multilora.v1.Adapter\x12\x13\n\x0b\x66reed_bytes\x18\x02 \x01(\x03\"$\n\x11GetAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"<\n\x12GetAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.multilora.v1.Adapter\"<\n\x13ListAdaptersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"X\n\x14ListAdaptersResponse\x12\'\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x15.multilora.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*\xe9\x01\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x41\x44\x41PTER_STATE_REGISTERED\x10\x01\x12\x1a\n\x16\x41\x44\x41PTER_STATE_FETCHING\x10\x02\x12\x16\n\x12\x41\x44\x41PTER_STATE_HOST\x10\x03\x12\x19\n\x15\x41\x44\x41PTER_STATE_COPYING\x10\x04\x12\x17\n\x13\x41\x44\x41PTER_STATE_READY\x10\x05\x12\x1a\n\x16\x41\x44\x41PTER_STATE_DRAINING\x10\x06\x12\x18\n\x14\x41\x44\x41PTER_STATE_FAILED\x10\x07\x32\xc6\x03\n\x0e\x41\x64\x61pterService\x12^\n\x0fRegisterAdapter\x12$.multilora.v1.RegisterAdapterRequest\x1a%.multilora.v1.RegisterAdapterResponse\x12R\n\x0bLoadAdapter\x12 .multilora.v1.LoadAdapterRequest\x1a!.multilora.v1.LoadAdapterResponse\x12X\n\rUnloadAdapter\x12\".multilora.v1.UnloadAdapterRequest\x1a#.multilora.v1.UnloadAdapterResponse\x12O\n\nGetAdapter\x12\x1f.multilora.v1.GetAdapterRequest\x1a .multilora.v1.GetAdapterResponse\x12U\n\x0cListAdapters\x12!.multilora.v1.ListAdaptersRequest\x1a\".multilora.v1.ListAdaptersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmultilora/v1/adapters.proto\x12\x0cmultilora.v1\x1a\x19multilora/v1/common.proto\"1\n\x0e\x41\x64\x61pterFailure\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xd8\x04\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x05\x12)\n\x05state\x18\x03 \x01(\x0e\x32\x1a.multilora.v1.AdapterState\x12-\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x1c.multilora.v1.AdapterFailure\x12\x0e\n\x06\x64igest\x18\x05 \x01(\t\x12 \n\x04task\x18\x06 \x01(\x0e\x32\x12.multilora.v1.Task\x12\x0e\n\x06labels\x18\x07 \x03(\t\x12/\n\x0cproblem_type\x18\x08 \x01(\x0e\x32\x19.multilora.v1.ProblemType\x12\x17\n\nmax_length\x18\t \x01(\x05H\x00\x88\x01\x01\x12\r\n\x05ranks\x18\n \x03(\x05\x12\x16\n\x0eresident_bytes\x18\x0b \x01(\x03\x12\x16\n\x0enum_parameters\x18\x0c \x01(\x03\x12\x19\n\x0cload_seconds\x18\r \x01(\x01H\x01\x88\x01\x01\x12\x33\n\x07metrics\x18\x0e \x03(\x0b\x32\".multilora.v1.Adapter.MetricsEntry\x12\x17\n\x0f\x62\x61se_model_name\x18\x0f \x01(\t\x12&\n\x07pooling\x18\x10 \x01(\x0e\x32\x15.multilora.v1.Pooling\x12\x11\n\tnormalize\x18\x11 \x01(\x08\x12\x15\n\rown_tokenizer\x18\x12 \x01(\x08\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_lengthB\x0f\n\r_load_seconds\"X\n\x16RegisterAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x0e\n\x06source\x18\x03 \x01(\tB\n\n\x08_version\"A\n\x17RegisterAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.multilora.v1.Adapter\"3\n\x12LoadAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0c\n\x04wait\x18\x02 \x01(\x08\"=\n\x13LoadAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.multilora.v1.Adapter\"\'\n\x14UnloadAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"T\n\x15UnloadAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.multilora.v1.Adapter\x12\x13\n\x0b\x66reed_bytes\x18\x02 \x01(\x03\"$\n\x11GetAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"<\n\x12GetAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.multilora.v1.Adapter\"<\n\x13ListAdaptersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"X\n\x14ListAdaptersResponse\x12\'\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x15.multilora.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*\xe9\x01\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x41\x44\x41PTER_STATE_REGISTERED\x10\x01\x12\x1a\n\x16\x41\x44\x41PTER_STATE_FETCHING\x10\x02\x12\x16\n\x12\x41\x44\x41PTER_STATE_HOST\x10\x03\x12\x19\n\x15\x41\x44\x41PTER_STATE_COPYING\x10\x04\x12\x17\n\x13\x41\x44\x41PTER_STATE_READY\x10\x05\x12\x1a\n\x16\x41\x44\x41PTER_STATE_DRAINING\x10\x06\x12\x18\n\x14\x41\x44\x41PTER_STATE_FAILED\x10\x07\x32\xc6\x03\n\x0e\x41\x64\x61pterService\x12^\n\x0fRegisterAdapter\x12$.multilora.v1.RegisterAdapterRequest\x1a%.multilora.v1.RegisterAdapterResponse\x12R\n\x0bLoadAdapter\x12 .multilora.v1.LoadAdapterRequest\x1a!.multilora.v1.LoadAdapterResponse\x12X\n\rUnloadAdapter\x12\".multilora.v1.UnloadAdapterRequest\x1a#.multilora.v1.UnloadAdapterResponse\x12O\n\nGetAdapter\x12\x1f.multilora.v1.GetAdapterRequest\x1a .multilora.v1.GetAdapterResponse\x12U\n\x0cListAdapters\x12!.multilora.v1.ListAdaptersRequest\x1a\".multilora.v1.ListAdaptersResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,34 +34,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ADAPTER_METRICSENTRY']._loaded_options = None
   _globals['_ADAPTER_METRICSENTRY']._serialized_options = b'8\001'
-  _globals['_ADAPTERSTATE']._serialized_start=1297
-  _globals['_ADAPTERSTATE']._serialized_end=1530
+  _globals['_ADAPTERSTATE']._serialized_start=1379
+  _globals['_ADAPTERSTATE']._serialized_end=1612
   _globals['_ADAPTERFAILURE']._serialized_start=72
   _globals['_ADAPTERFAILURE']._serialized_end=121
   _globals['_ADAPTER']._serialized_start=124
-  _globals['_ADAPTER']._serialized_end=642
-  _globals['_ADAPTER_METRICSENTRY']._serialized_start=564
-  _globals['_ADAPTER_METRICSENTRY']._serialized_end=610
-  _globals['_REGISTERADAPTERREQUEST']._serialized_start=644
-  _globals['_REGISTERADAPTERREQUEST']._serialized_end=732
-  _globals['_REGISTERADAPTERRESPONSE']._serialized_start=734
-  _globals['_REGISTERADAPTERRESPONSE']._serialized_end=799
-  _globals['_LOADADAPTERREQUEST']._serialized_start=801
-  _globals['_LOADADAPTERREQUEST']._serialized_end=852
-  _globals['_LOADADAPTERRESPONSE']._serialized_start=854
-  _globals['_LOADADAPTERRESPONSE']._serialized_end=915
-  _globals['_UNLOADADAPTERREQUEST']._serialized_start=917
-  _globals['_UNLOADADAPTERREQUEST']._serialized_end=956
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=958
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=1042
-  _globals['_GETADAPTERREQUEST']._serialized_start=1044
-  _globals['_GETADAPTERREQUEST']._serialized_end=1080
-  _globals['_GETADAPTERRESPONSE']._serialized_start=1082
-  _globals['_GETADAPTERRESPONSE']._serialized_end=1142
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=1144
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=1204
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1206
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1294
-  _globals['_ADAPTERSERVICE']._serialized_start=1533
-  _globals['_ADAPTERSERVICE']._serialized_end=1987
+  _globals['_ADAPTER']._serialized_end=724
+  _globals['_ADAPTER_METRICSENTRY']._serialized_start=646
+  _globals['_ADAPTER_METRICSENTRY']._serialized_end=692
+  _globals['_REGISTERADAPTERREQUEST']._serialized_start=726
+  _globals['_REGISTERADAPTERREQUEST']._serialized_end=814
+  _globals['_REGISTERADAPTERRESPONSE']._serialized_start=816
+  _globals['_REGISTERADAPTERRESPONSE']._serialized_end=881
+  _globals['_LOADADAPTERREQUEST']._serialized_start=883
+  _globals['_LOADADAPTERREQUEST']._serialized_end=934
+  _globals['_LOADADAPTERRESPONSE']._serialized_start=936
+  _globals['_LOADADAPTERRESPONSE']._serialized_end=997
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=999
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=1038
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=1040
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=1124
+  _globals['_GETADAPTERREQUEST']._serialized_start=1126
+  _globals['_GETADAPTERREQUEST']._serialized_end=1162
+  _globals['_GETADAPTERRESPONSE']._serialized_start=1164
+  _globals['_GETADAPTERRESPONSE']._serialized_end=1224
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=1226
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=1286
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1288
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1376
+  _globals['_ADAPTERSERVICE']._serialized_start=1615
+  _globals['_ADAPTERSERVICE']._serialized_end=2069
 # @@protoc_insertion_point(module_scope)

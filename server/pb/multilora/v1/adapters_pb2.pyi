@@ -131,6 +131,9 @@ class Adapter(_message.Message):
     LOAD_SECONDS_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
     BASE_MODEL_NAME_FIELD_NUMBER: _builtins.int
+    POOLING_FIELD_NUMBER: _builtins.int
+    NORMALIZE_FIELD_NUMBER: _builtins.int
+    OWN_TOKENIZER_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name: `tenants/{tenant}/adapters/{adapter}/versions/{version}`."""
     version: _builtins.int
@@ -140,7 +143,7 @@ class Adapter(_message.Message):
     digest: _builtins.str
     """SHA-256 over its content, in lower-case hex; empty until it is loaded for the first time."""
     task: _common_pb2.Task.ValueType
-    """What its head answers."""
+    """What it answers."""
     problem_type: _common_pb2.ProblemType.ValueType
     """How its logits become scores."""
     max_length: _builtins.int
@@ -153,6 +156,14 @@ class Adapter(_message.Message):
     """Seconds its last load took, from the first read to being resident. Unset: never loaded."""
     base_model_name: _builtins.str
     """Name of the base it was trained on, as its files say; a hint for people."""
+    pooling: _common_pb2.Pooling.ValueType
+    """How it pools a text's tokens into a vector; set only for task EMBED. Where its files do not say: the mean, or the
+    last token when the base is a decoder.
+    """
+    normalize: _builtins.bool
+    """Whether its vectors are divided by their length; only for task EMBED."""
+    own_tokenizer: _builtins.bool
+    """Whether texts are tokenised with a tokenizer from its own folder instead of the base's."""
     @_builtins.property
     def failure(self) -> Global___AdapterFailure:
         """Why it is refused; set only in state FAILED."""
@@ -187,10 +198,13 @@ class Adapter(_message.Message):
         load_seconds: _builtins.float | None = ...,
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         base_model_name: _builtins.str = ...,
+        pooling: _common_pb2.Pooling.ValueType = ...,
+        normalize: _builtins.bool = ...,
+        own_tokenizer: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_load_seconds", b"_load_seconds", "_max_length", b"_max_length", "failure", b"failure", "load_seconds", b"load_seconds", "max_length", b"max_length"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_load_seconds", b"_load_seconds", "_max_length", b"_max_length", "base_model_name", b"base_model_name", "digest", b"digest", "failure", b"failure", "labels", b"labels", "load_seconds", b"load_seconds", "max_length", b"max_length", "metrics", b"metrics", "name", b"name", "num_parameters", b"num_parameters", "problem_type", b"problem_type", "ranks", b"ranks", "resident_bytes", b"resident_bytes", "state", b"state", "task", b"task", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_load_seconds", b"_load_seconds", "_max_length", b"_max_length", "base_model_name", b"base_model_name", "digest", b"digest", "failure", b"failure", "labels", b"labels", "load_seconds", b"load_seconds", "max_length", b"max_length", "metrics", b"metrics", "name", b"name", "normalize", b"normalize", "num_parameters", b"num_parameters", "own_tokenizer", b"own_tokenizer", "pooling", b"pooling", "problem_type", b"problem_type", "ranks", b"ranks", "resident_bytes", b"resident_bytes", "state", b"state", "task", b"task", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__load_seconds: _TypeAlias = _typing.Literal["load_seconds"]  # noqa: Y015
     _WhichOneofArgType__load_seconds: _TypeAlias = _typing.Literal["_load_seconds", b"_load_seconds"]  # noqa: Y015

@@ -81,6 +81,8 @@ class AdapterServiceServicer:
         """Loads an adapter into device memory, so that its first request does not wait. Loading a resident adapter
         does nothing.
 
+        The base model, `base`, is always resident.
+
         Errors: NOT_FOUND, FAILED_PRECONDITION (its files are refused, or it is larger than the whole arena).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -91,7 +93,7 @@ class AdapterServiceServicer:
         """Takes an adapter out of device memory once the batches that use it are done. It stays registered, and its
         next request loads it again.
 
-        Errors: NOT_FOUND.
+        Errors: NOT_FOUND, INVALID_ARGUMENT (`adapter` is wrong, or is `base`: the base model stays).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

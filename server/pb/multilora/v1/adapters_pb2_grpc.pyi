@@ -44,13 +44,15 @@ class AdapterServiceStub:
     """Loads an adapter into device memory, so that its first request does not wait. Loading a resident adapter
     does nothing.
 
+    The base model, `base`, is always resident.
+
     Errors: NOT_FOUND, FAILED_PRECONDITION (its files are refused, or it is larger than the whole arena).
     """
     UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.UnloadAdapterRequest, _adapters_pb2.UnloadAdapterResponse]
     """Takes an adapter out of device memory once the batches that use it are done. It stays registered, and its
     next request loads it again.
 
-    Errors: NOT_FOUND.
+    Errors: NOT_FOUND, INVALID_ARGUMENT (`adapter` is wrong, or is `base`: the base model stays).
     """
     GetAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterRequest, _adapters_pb2.GetAdapterResponse]
     """Returns one adapter version.
@@ -79,13 +81,15 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     """Loads an adapter into device memory, so that its first request does not wait. Loading a resident adapter
     does nothing.
 
+    The base model, `base`, is always resident.
+
     Errors: NOT_FOUND, FAILED_PRECONDITION (its files are refused, or it is larger than the whole arena).
     """
     UnloadAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.UnloadAdapterRequest, _adapters_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
     """Takes an adapter out of device memory once the batches that use it are done. It stays registered, and its
     next request loads it again.
 
-    Errors: NOT_FOUND.
+    Errors: NOT_FOUND, INVALID_ARGUMENT (`adapter` is wrong, or is `base`: the base model stays).
     """
     GetAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterRequest, _adapters_pb2.GetAdapterResponse]  # type: ignore[assignment]
     """Returns one adapter version.
@@ -123,6 +127,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         """Loads an adapter into device memory, so that its first request does not wait. Loading a resident adapter
         does nothing.
 
+        The base model, `base`, is always resident.
+
         Errors: NOT_FOUND, FAILED_PRECONDITION (its files are refused, or it is larger than the whole arena).
         """
 
@@ -135,7 +141,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         """Takes an adapter out of device memory once the batches that use it are done. It stays registered, and its
         next request loads it again.
 
-        Errors: NOT_FOUND.
+        Errors: NOT_FOUND, INVALID_ARGUMENT (`adapter` is wrong, or is `base`: the base model stays).
         """
 
     @_abc_1.abstractmethod

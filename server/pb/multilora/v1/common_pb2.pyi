@@ -35,6 +35,14 @@ class _TaskEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Task.ValueType],
     """Not known: the adapter's files could not be read."""
     TASK_CLASSIFY: _Task.ValueType  # 1
     """One text, or a pair of texts, gets scores over labels."""
+    TASK_CLASSIFY_TOKENS: _Task.ValueType  # 2
+    """Each token of a text gets scores over labels (named entities, parts of speech)."""
+    TASK_ANSWER: _Task.ValueType  # 3
+    """A question is answered with a span of a context (extractive question answering)."""
+    TASK_EMBED: _Task.ValueType  # 4
+    """A text, or a pair of texts, becomes a vector."""
+    TASK_GENERATE: _Task.ValueType  # 5
+    """A text is continued."""
 
 class Task(_Task, metaclass=_TaskEnumTypeWrapper):
     """What an adapter's head answers."""
@@ -43,7 +51,43 @@ TASK_UNSPECIFIED: Task.ValueType  # 0
 """Not known: the adapter's files could not be read."""
 TASK_CLASSIFY: Task.ValueType  # 1
 """One text, or a pair of texts, gets scores over labels."""
+TASK_CLASSIFY_TOKENS: Task.ValueType  # 2
+"""Each token of a text gets scores over labels (named entities, parts of speech)."""
+TASK_ANSWER: Task.ValueType  # 3
+"""A question is answered with a span of a context (extractive question answering)."""
+TASK_EMBED: Task.ValueType  # 4
+"""A text, or a pair of texts, becomes a vector."""
+TASK_GENERATE: Task.ValueType  # 5
+"""A text is continued."""
 Global___Task: _TypeAlias = Task  # noqa: Y015
+
+class _Pooling:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PoolingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Pooling.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    POOLING_UNSPECIFIED: _Pooling.ValueType  # 0
+    """In a request: as the adapter says. Of an adapter: it answers another task than EMBED."""
+    POOLING_MEAN: _Pooling.ValueType  # 1
+    """The mean over all tokens."""
+    POOLING_CLS: _Pooling.ValueType  # 2
+    """The first token."""
+    POOLING_LAST: _Pooling.ValueType  # 3
+    """The last token."""
+
+class Pooling(_Pooling, metaclass=_PoolingEnumTypeWrapper):
+    """How the hidden states of a text's tokens, special ones included, become one vector."""
+
+POOLING_UNSPECIFIED: Pooling.ValueType  # 0
+"""In a request: as the adapter says. Of an adapter: it answers another task than EMBED."""
+POOLING_MEAN: Pooling.ValueType  # 1
+"""The mean over all tokens."""
+POOLING_CLS: Pooling.ValueType  # 2
+"""The first token."""
+POOLING_LAST: Pooling.ValueType  # 3
+"""The last token."""
+Global___Pooling: _TypeAlias = Pooling  # noqa: Y015
 
 class _ProblemType:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -84,6 +128,7 @@ class Timings(_message.Message):
     LOAD_WAIT_SECONDS_FIELD_NUMBER: _builtins.int
     FORWARD_SECONDS_FIELD_NUMBER: _builtins.int
     TOTAL_SECONDS_FIELD_NUMBER: _builtins.int
+    INTERPRET_SECONDS_FIELD_NUMBER: _builtins.int
     queue_seconds: _builtins.float
     """Seconds in the engine's queue until the first batch formed, without the wait for the adapter."""
     tokenize_seconds: _builtins.float
@@ -94,6 +139,8 @@ class Timings(_message.Message):
     """Seconds in the batches that carried the inputs, from the first batch to the last."""
     total_seconds: _builtins.float
     """Seconds from the arrival of the request to its reply, everything included."""
+    interpret_seconds: _builtins.float
+    """Seconds spent making the reply of the model's outputs (spans, labels, vectors), the wait for a thread included."""
     def __init__(
         self,
         *,
@@ -102,10 +149,11 @@ class Timings(_message.Message):
         load_wait_seconds: _builtins.float = ...,
         forward_seconds: _builtins.float = ...,
         total_seconds: _builtins.float = ...,
+        interpret_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["forward_seconds", b"forward_seconds", "load_wait_seconds", b"load_wait_seconds", "queue_seconds", b"queue_seconds", "tokenize_seconds", b"tokenize_seconds", "total_seconds", b"total_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["forward_seconds", b"forward_seconds", "interpret_seconds", b"interpret_seconds", "load_wait_seconds", b"load_wait_seconds", "queue_seconds", b"queue_seconds", "tokenize_seconds", b"tokenize_seconds", "total_seconds", b"total_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

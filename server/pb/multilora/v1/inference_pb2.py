@@ -25,13 +25,17 @@ _sym_db = _symbol_database.Default()
 from server.pb.multilora.v1 import common_pb2 as multilora_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmultilora/v1/inference.proto\x12\x0cmultilora.v1\x1a\x19multilora/v1/common.proto\"?\n\tTextInput\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x16\n\ttext_pair\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\x0c\n\n_text_pair\"\x92\x01\n\x0f\x43lassifyRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\'\n\x06inputs\x18\x02 \x03(\x0b\x32\x17.multilora.v1.TextInput\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x00\x88\x01\x01\x12\x15\n\rreturn_logits\x18\x04 \x01(\x08\x12\x10\n\x08truncate\x18\x05 \x01(\x08\x42\x08\n\x06_top_k\"\xab\x01\n\x10\x43lassifyResponse\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x05\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12-\n\x07results\x18\x04 \x03(\x0b\x32\x1c.multilora.v1.ClassifyResult\x12\x0e\n\x06labels\x18\x05 \x03(\t\x12&\n\x07timings\x18\x06 \x01(\x0b\x32\x15.multilora.v1.Timings\"q\n\x0e\x43lassifyResult\x12(\n\x06scores\x18\x01 \x03(\x0b\x32\x18.multilora.v1.LabelScore\x12\x0e\n\x06logits\x18\x02 \x03(\x02\x12\x12\n\nnum_tokens\x18\x03 \x01(\x05\x12\x11\n\ttruncated\x18\x04 \x01(\x08\"*\n\nLabelScore\x12\r\n\x05label\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x02\x32]\n\x10InferenceService\x12I\n\x08\x43lassify\x12\x1d.multilora.v1.ClassifyRequest\x1a\x1e.multilora.v1.ClassifyResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmultilora/v1/inference.proto\x12\x0cmultilora.v1\x1a\x19multilora/v1/common.proto\"?\n\tTextInput\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x16\n\ttext_pair\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\x0c\n\n_text_pair\"\x92\x01\n\x0f\x43lassifyRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\'\n\x06inputs\x18\x02 \x03(\x0b\x32\x17.multilora.v1.TextInput\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x00\x88\x01\x01\x12\x15\n\rreturn_logits\x18\x04 \x01(\x08\x12\x10\n\x08truncate\x18\x05 \x01(\x08\x42\x08\n\x06_top_k\"\xab\x01\n\x10\x43lassifyResponse\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x05\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12-\n\x07results\x18\x04 \x03(\x0b\x32\x1c.multilora.v1.ClassifyResult\x12\x0e\n\x06labels\x18\x05 \x03(\t\x12&\n\x07timings\x18\x06 \x01(\x0b\x32\x15.multilora.v1.Timings\"q\n\x0e\x43lassifyResult\x12(\n\x06scores\x18\x01 \x03(\x0b\x32\x18.multilora.v1.LabelScore\x12\x0e\n\x06logits\x18\x02 \x03(\x02\x12\x12\n\nnum_tokens\x18\x03 \x01(\x05\x12\x11\n\ttruncated\x18\x04 \x01(\x08\"*\n\nLabelScore\x12\r\n\x05label\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x02\"\xda\x01\n\x15\x43lassifyTokensRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\'\n\x06inputs\x18\x02 \x03(\x0b\x32\x17.multilora.v1.TextInput\x12%\n\x04unit\x18\x03 \x01(\x0e\x32\x17.multilora.v1.TokenUnit\x12\x37\n\x10subword_strategy\x18\x04 \x01(\x0e\x32\x1d.multilora.v1.SubwordStrategy\x12\x15\n\rreturn_scores\x18\x05 \x01(\x08\x12\x10\n\x08truncate\x18\x06 \x01(\x08\"\xb7\x01\n\x16\x43lassifyTokensResponse\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x05\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x33\n\x07results\x18\x04 \x03(\x0b\x32\".multilora.v1.ClassifyTokensResult\x12\x0e\n\x06labels\x18\x05 \x03(\t\x12&\n\x07timings\x18\x06 \x01(\x0b\x32\x15.multilora.v1.Timings\"h\n\x14\x43lassifyTokensResult\x12)\n\x05spans\x18\x01 \x03(\x0b\x32\x1a.multilora.v1.LabelledSpan\x12\x12\n\nnum_tokens\x18\x02 \x01(\x05\x12\x11\n\ttruncated\x18\x03 \x01(\x08\"f\n\x0cLabelledSpan\x12\r\n\x05start\x18\x01 \x01(\x05\x12\x0b\n\x03\x65nd\x18\x02 \x01(\x05\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\r\n\x05label\x18\x04 \x01(\t\x12\r\n\x05score\x18\x05 \x01(\x02\x12\x0e\n\x06scores\x18\x06 \x03(\x02\"2\n\rQuestionInput\x12\x10\n\x08question\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontext\x18\x02 \x01(\t\"\x87\x02\n\x15\x41nswerQuestionRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12+\n\x06inputs\x18\x02 \x03(\x0b\x32\x1b.multilora.v1.QuestionInput\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x00\x88\x01\x01\x12\x1e\n\x11max_answer_tokens\x18\x04 \x01(\x05H\x01\x88\x01\x01\x12\x17\n\x0f\x61llow_no_answer\x18\x05 \x01(\x08\x12\x1b\n\x13no_answer_threshold\x18\x06 \x01(\x02\x12\x17\n\ndoc_stride\x18\x07 \x01(\x05H\x02\x88\x01\x01\x42\x08\n\x06_top_kB\x14\n\x12_max_answer_tokensB\r\n\x0b_doc_stride\"\xa7\x01\n\x16\x41nswerQuestionResponse\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x05\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x33\n\x07results\x18\x04 \x03(\x0b\x32\".multilora.v1.AnswerQuestionResult\x12&\n\x07timings\x18\x05 \x01(\x0b\x32\x15.multilora.v1.Timings\"f\n\x14\x41nswerQuestionResult\x12%\n\x07\x61nswers\x18\x01 \x03(\x0b\x32\x14.multilora.v1.Answer\x12\x12\n\nnum_tokens\x18\x02 \x01(\x05\x12\x13\n\x0bnum_windows\x18\x03 \x01(\x05\"c\n\x06\x41nswer\x12\x11\n\tno_answer\x18\x01 \x01(\x08\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\r\n\x05start\x18\x03 \x01(\x05\x12\x0b\n\x03\x65nd\x18\x04 \x01(\x05\x12\r\n\x05score\x18\x05 \x01(\x02\x12\r\n\x05logit\x18\x06 \x01(\x02\"\xa8\x01\n\x0c\x45mbedRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\'\n\x06inputs\x18\x02 \x03(\x0b\x32\x17.multilora.v1.TextInput\x12&\n\x07pooling\x18\x03 \x01(\x0e\x32\x15.multilora.v1.Pooling\x12\x16\n\tnormalize\x18\x04 \x01(\x08H\x00\x88\x01\x01\x12\x10\n\x08truncate\x18\x05 \x01(\x08\x42\x0c\n\n_normalize\"\xe3\x01\n\rEmbedResponse\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x05\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12*\n\x07results\x18\x04 \x03(\x0b\x32\x19.multilora.v1.EmbedResult\x12\x11\n\tdimension\x18\x05 \x01(\x05\x12&\n\x07pooling\x18\x06 \x01(\x0e\x32\x15.multilora.v1.Pooling\x12\x11\n\tnormalize\x18\x07 \x01(\x08\x12&\n\x07timings\x18\x08 \x01(\x0b\x32\x15.multilora.v1.Timings\"D\n\x0b\x45mbedResult\x12\x0e\n\x06values\x18\x01 \x03(\x02\x12\x12\n\nnum_tokens\x18\x02 \x01(\x05\x12\x11\n\ttruncated\x18\x03 \x01(\x08*m\n\tTokenUnit\x12\x1a\n\x16TOKEN_UNIT_UNSPECIFIED\x10\x00\x12\x15\n\x11TOKEN_UNIT_TOKENS\x10\x01\x12\x14\n\x10TOKEN_UNIT_WORDS\x10\x02\x12\x17\n\x13TOKEN_UNIT_ENTITIES\x10\x03*\x87\x01\n\x0fSubwordStrategy\x12 \n\x1cSUBWORD_STRATEGY_UNSPECIFIED\x10\x00\x12\x1a\n\x16SUBWORD_STRATEGY_FIRST\x10\x01\x12\x1c\n\x18SUBWORD_STRATEGY_AVERAGE\x10\x02\x12\x18\n\x14SUBWORD_STRATEGY_MAX\x10\x03\x32\xd9\x02\n\x10InferenceService\x12I\n\x08\x43lassify\x12\x1d.multilora.v1.ClassifyRequest\x1a\x1e.multilora.v1.ClassifyResponse\x12[\n\x0e\x43lassifyTokens\x12#.multilora.v1.ClassifyTokensRequest\x1a$.multilora.v1.ClassifyTokensResponse\x12[\n\x0e\x41nswerQuestion\x12#.multilora.v1.AnswerQuestionRequest\x1a$.multilora.v1.AnswerQuestionResponse\x12@\n\x05\x45mbed\x12\x1a.multilora.v1.EmbedRequest\x1a\x1b.multilora.v1.EmbedResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'multilora.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_TOKENUNIT']._serialized_start=2401
+  _globals['_TOKENUNIT']._serialized_end=2510
+  _globals['_SUBWORDSTRATEGY']._serialized_start=2513
+  _globals['_SUBWORDSTRATEGY']._serialized_end=2648
   _globals['_TEXTINPUT']._serialized_start=73
   _globals['_TEXTINPUT']._serialized_end=136
   _globals['_CLASSIFYREQUEST']._serialized_start=139
@@ -42,6 +46,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CLASSIFYRESULT']._serialized_end=574
   _globals['_LABELSCORE']._serialized_start=576
   _globals['_LABELSCORE']._serialized_end=618
-  _globals['_INFERENCESERVICE']._serialized_start=620
-  _globals['_INFERENCESERVICE']._serialized_end=713
+  _globals['_CLASSIFYTOKENSREQUEST']._serialized_start=621
+  _globals['_CLASSIFYTOKENSREQUEST']._serialized_end=839
+  _globals['_CLASSIFYTOKENSRESPONSE']._serialized_start=842
+  _globals['_CLASSIFYTOKENSRESPONSE']._serialized_end=1025
+  _globals['_CLASSIFYTOKENSRESULT']._serialized_start=1027
+  _globals['_CLASSIFYTOKENSRESULT']._serialized_end=1131
+  _globals['_LABELLEDSPAN']._serialized_start=1133
+  _globals['_LABELLEDSPAN']._serialized_end=1235
+  _globals['_QUESTIONINPUT']._serialized_start=1237
+  _globals['_QUESTIONINPUT']._serialized_end=1287
+  _globals['_ANSWERQUESTIONREQUEST']._serialized_start=1290
+  _globals['_ANSWERQUESTIONREQUEST']._serialized_end=1553
+  _globals['_ANSWERQUESTIONRESPONSE']._serialized_start=1556
+  _globals['_ANSWERQUESTIONRESPONSE']._serialized_end=1723
+  _globals['_ANSWERQUESTIONRESULT']._serialized_start=1725
+  _globals['_ANSWERQUESTIONRESULT']._serialized_end=1827
+  _globals['_ANSWER']._serialized_start=1829
+  _globals['_ANSWER']._serialized_end=1928
+  _globals['_EMBEDREQUEST']._serialized_start=1931
+  _globals['_EMBEDREQUEST']._serialized_end=2099
+  _globals['_EMBEDRESPONSE']._serialized_start=2102
+  _globals['_EMBEDRESPONSE']._serialized_end=2329
+  _globals['_EMBEDRESULT']._serialized_start=2331
+  _globals['_EMBEDRESULT']._serialized_end=2399
+  _globals['_INFERENCESERVICE']._serialized_start=2651
+  _globals['_INFERENCESERVICE']._serialized_end=2996
 # @@protoc_insertion_point(module_scope)

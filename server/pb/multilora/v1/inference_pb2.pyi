@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from server.pb.multilora.v1 import common_pb2 as _common_pb2
 import builtins as _builtins
 import sys
@@ -19,9 +20,65 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _TokenUnit:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TokenUnitEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TokenUnit.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TOKEN_UNIT_UNSPECIFIED: _TokenUnit.ValueType  # 0
+    """As TOKEN_UNIT_WORDS."""
+    TOKEN_UNIT_TOKENS: _TokenUnit.ValueType  # 1
+    """Each token of the tokenizer, special ones left out."""
+    TOKEN_UNIT_WORDS: _TokenUnit.ValueType  # 2
+    """Each word, as the tokenizer splits words before it splits them into tokens."""
+    TOKEN_UNIT_ENTITIES: _TokenUnit.ValueType  # 3
+    """Each run of words that one entity covers, read from labels such as `B-PER`, `I-PER` and `O`."""
+
+class TokenUnit(_TokenUnit, metaclass=_TokenUnitEnumTypeWrapper):
+    """What a label is given to."""
+
+TOKEN_UNIT_UNSPECIFIED: TokenUnit.ValueType  # 0
+"""As TOKEN_UNIT_WORDS."""
+TOKEN_UNIT_TOKENS: TokenUnit.ValueType  # 1
+"""Each token of the tokenizer, special ones left out."""
+TOKEN_UNIT_WORDS: TokenUnit.ValueType  # 2
+"""Each word, as the tokenizer splits words before it splits them into tokens."""
+TOKEN_UNIT_ENTITIES: TokenUnit.ValueType  # 3
+"""Each run of words that one entity covers, read from labels such as `B-PER`, `I-PER` and `O`."""
+Global___TokenUnit: _TypeAlias = TokenUnit  # noqa: Y015
+
+class _SubwordStrategy:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SubwordStrategyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SubwordStrategy.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SUBWORD_STRATEGY_UNSPECIFIED: _SubwordStrategy.ValueType  # 0
+    """As SUBWORD_STRATEGY_FIRST."""
+    SUBWORD_STRATEGY_FIRST: _SubwordStrategy.ValueType  # 1
+    """The scores of the word's first token, which most token classifiers are trained on."""
+    SUBWORD_STRATEGY_AVERAGE: _SubwordStrategy.ValueType  # 2
+    """The mean of its tokens' scores."""
+    SUBWORD_STRATEGY_MAX: _SubwordStrategy.ValueType  # 3
+    """The scores of the token that has the highest score of all."""
+
+class SubwordStrategy(_SubwordStrategy, metaclass=_SubwordStrategyEnumTypeWrapper):
+    """How the tokens of a word become one label. Not used for TOKEN_UNIT_TOKENS."""
+
+SUBWORD_STRATEGY_UNSPECIFIED: SubwordStrategy.ValueType  # 0
+"""As SUBWORD_STRATEGY_FIRST."""
+SUBWORD_STRATEGY_FIRST: SubwordStrategy.ValueType  # 1
+"""The scores of the word's first token, which most token classifiers are trained on."""
+SUBWORD_STRATEGY_AVERAGE: SubwordStrategy.ValueType  # 2
+"""The mean of its tokens' scores."""
+SUBWORD_STRATEGY_MAX: SubwordStrategy.ValueType  # 3
+"""The scores of the token that has the highest score of all."""
+Global___SubwordStrategy: _TypeAlias = SubwordStrategy  # noqa: Y015
+
 @_typing.final
 class TextInput(_message.Message):
-    """One text, or a pair of texts, to be classified."""
+    """One text, or a pair of texts."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -30,7 +87,7 @@ class TextInput(_message.Message):
     text: _builtins.str
     """The text, UTF-8. May be empty."""
     text_pair: _builtins.str
-    """The second text of a pair (a hypothesis, an answer). Unset: a single text."""
+    """The second text of a pair (a hypothesis, an answer). Unset: a single text. ClassifyTokens takes single texts."""
     def __init__(
         self,
         *,
@@ -202,3 +259,522 @@ class LabelScore(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LabelScore: _TypeAlias = LabelScore  # noqa: Y015
+
+@_typing.final
+class ClassifyTokensRequest(_message.Message):
+    """A list of texts for one token classification adapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    INPUTS_FIELD_NUMBER: _builtins.int
+    UNIT_FIELD_NUMBER: _builtins.int
+    SUBWORD_STRATEGY_FIELD_NUMBER: _builtins.int
+    RETURN_SCORES_FIELD_NUMBER: _builtins.int
+    TRUNCATE_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    """Which adapter answers, as in ClassifyRequest."""
+    unit: Global___TokenUnit.ValueType
+    """What a label is given to. Unset: words."""
+    subword_strategy: Global___SubwordStrategy.ValueType
+    """How the tokens of a word become one label. Unset: as its first token."""
+    return_scores: _builtins.bool
+    """Also return the scores of every label for each span."""
+    truncate: _builtins.bool
+    """Cut texts that are longer than the adapter allows instead of refusing them; what is cut off gets no labels."""
+    @_builtins.property
+    def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TextInput]:
+        """The texts, at least one and at most as many as the server allows (256 unless configured otherwise). None has a
+        `text_pair`.
+        """
+
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+        inputs: _abc.Iterable[Global___TextInput] | None = ...,
+        unit: Global___TokenUnit.ValueType = ...,
+        subword_strategy: Global___SubwordStrategy.ValueType = ...,
+        return_scores: _builtins.bool = ...,
+        truncate: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "inputs", b"inputs", "return_scores", b"return_scores", "subword_strategy", b"subword_strategy", "truncate", b"truncate", "unit", b"unit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClassifyTokensRequest: _TypeAlias = ClassifyTokensRequest  # noqa: Y015
+
+@_typing.final
+class ClassifyTokensResponse(_message.Message):
+    """The answers to a ClassifyTokensRequest."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    RESULTS_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    TIMINGS_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    """Resource name of the adapter version that answered: `tenants/{tenant}/adapters/{adapter}/versions/{version}`."""
+    version: _builtins.int
+    """Version that answered; a positive integer."""
+    digest: _builtins.str
+    """SHA-256 over the content of the adapter that answered, in lower-case hex."""
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClassifyTokensResult]:
+        """One result for each input, in the order of the inputs."""
+
+    @_builtins.property
+    def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The adapter's labels, in the order of `LabelledSpan.scores`."""
+
+    @_builtins.property
+    def timings(self) -> _common_pb2.Timings:
+        """Where the time of this request went."""
+
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+        version: _builtins.int = ...,
+        digest: _builtins.str = ...,
+        results: _abc.Iterable[Global___ClassifyTokensResult] | None = ...,
+        labels: _abc.Iterable[_builtins.str] | None = ...,
+        timings: _common_pb2.Timings | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "digest", b"digest", "labels", b"labels", "results", b"results", "timings", b"timings", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClassifyTokensResponse: _TypeAlias = ClassifyTokensResponse  # noqa: Y015
+
+@_typing.final
+class ClassifyTokensResult(_message.Message):
+    """The answer for one text."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPANS_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    TRUNCATED_FIELD_NUMBER: _builtins.int
+    num_tokens: _builtins.int
+    """Tokens the text had in the forward pass, special tokens included, after truncation."""
+    truncated: _builtins.bool
+    """Whether the text was cut to the adapter's maximum length."""
+    @_builtins.property
+    def spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___LabelledSpan]:
+        """Tokens, words or entities, in the order of the text. Words that no entity covers are left out for
+        TOKEN_UNIT_ENTITIES; otherwise every token or word has a span, whatever its label.
+        """
+
+    def __init__(
+        self,
+        *,
+        spans: _abc.Iterable[Global___LabelledSpan] | None = ...,
+        num_tokens: _builtins.int = ...,
+        truncated: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_tokens", b"num_tokens", "spans", b"spans", "truncated", b"truncated"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClassifyTokensResult: _TypeAlias = ClassifyTokensResult  # noqa: Y015
+
+@_typing.final
+class LabelledSpan(_message.Message):
+    """A piece of a text and its label."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    LABEL_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
+    SCORES_FIELD_NUMBER: _builtins.int
+    start: _builtins.int
+    """Where it begins, in Unicode code points from the start of the text as it was sent."""
+    end: _builtins.int
+    """Where it ends, in Unicode code points from the start of the text; the character there is not part of it."""
+    text: _builtins.str
+    """The text between `start` and `end`."""
+    label: _builtins.str
+    """The best label, as the adapter names it; for TOKEN_UNIT_ENTITIES without its `B-` or `I-`."""
+    score: _builtins.float
+    """Score of the label, between 0 and 1; of an entity, the mean over its words."""
+    @_builtins.property
+    def scores(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Scores of every label in the order of `ClassifyTokensResponse.labels`; of an entity, the mean over its words. Set
+        only with `return_scores`.
+        """
+
+    def __init__(
+        self,
+        *,
+        start: _builtins.int = ...,
+        end: _builtins.int = ...,
+        text: _builtins.str = ...,
+        label: _builtins.str = ...,
+        score: _builtins.float = ...,
+        scores: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "label", b"label", "score", b"score", "scores", b"scores", "start", b"start", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LabelledSpan: _TypeAlias = LabelledSpan  # noqa: Y015
+
+@_typing.final
+class QuestionInput(_message.Message):
+    """A question and the text that may hold its answer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUESTION_FIELD_NUMBER: _builtins.int
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    question: _builtins.str
+    """The question, UTF-8. Not empty, and short enough to leave room for the context."""
+    context: _builtins.str
+    """The text in which the answer is looked for, UTF-8. Not empty. May be longer than the adapter allows: it is then
+    read in windows, at most 64.
+    """
+    def __init__(
+        self,
+        *,
+        question: _builtins.str = ...,
+        context: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "question", b"question"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QuestionInput: _TypeAlias = QuestionInput  # noqa: Y015
+
+@_typing.final
+class AnswerQuestionRequest(_message.Message):
+    """A list of questions for one question answering adapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    INPUTS_FIELD_NUMBER: _builtins.int
+    TOP_K_FIELD_NUMBER: _builtins.int
+    MAX_ANSWER_TOKENS_FIELD_NUMBER: _builtins.int
+    ALLOW_NO_ANSWER_FIELD_NUMBER: _builtins.int
+    NO_ANSWER_THRESHOLD_FIELD_NUMBER: _builtins.int
+    DOC_STRIDE_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    """Which adapter answers, as in ClassifyRequest."""
+    top_k: _builtins.int
+    """How many answers to return for each question, best first; 1 to 100. Unset: 1. Fewer are returned where a context
+    has fewer.
+    """
+    max_answer_tokens: _builtins.int
+    """Longest answer, in tokens; 1 to 512. Unset: 30."""
+    allow_no_answer: _builtins.bool
+    """Also consider that the context holds no answer, for adapters that were trained to tell (SQuAD 2.0)."""
+    no_answer_threshold: _builtins.float
+    """How much better than the best span, in logits, "no answer" has to be before it is the best answer. Higher: fewer
+    questions are left without an answer. Only with `allow_no_answer`.
+    """
+    doc_stride: _builtins.int
+    """Tokens that two neighbouring windows of a long context share; at least 0, and at most half of a window's room for
+    context is used. Unset: a quarter of that room, at most 128.
+    """
+    @_builtins.property
+    def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___QuestionInput]:
+        """The questions, at least one and at most as many as the server allows (256 unless configured otherwise)."""
+
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+        inputs: _abc.Iterable[Global___QuestionInput] | None = ...,
+        top_k: _builtins.int | None = ...,
+        max_answer_tokens: _builtins.int | None = ...,
+        allow_no_answer: _builtins.bool = ...,
+        no_answer_threshold: _builtins.float = ...,
+        doc_stride: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_doc_stride", b"_doc_stride", "_max_answer_tokens", b"_max_answer_tokens", "_top_k", b"_top_k", "doc_stride", b"doc_stride", "max_answer_tokens", b"max_answer_tokens", "top_k", b"top_k"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_doc_stride", b"_doc_stride", "_max_answer_tokens", b"_max_answer_tokens", "_top_k", b"_top_k", "adapter", b"adapter", "allow_no_answer", b"allow_no_answer", "doc_stride", b"doc_stride", "inputs", b"inputs", "max_answer_tokens", b"max_answer_tokens", "no_answer_threshold", b"no_answer_threshold", "top_k", b"top_k"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__doc_stride: _TypeAlias = _typing.Literal["doc_stride"]  # noqa: Y015
+    _WhichOneofArgType__doc_stride: _TypeAlias = _typing.Literal["_doc_stride", b"_doc_stride"]  # noqa: Y015
+    _WhichOneofReturnType__max_answer_tokens: _TypeAlias = _typing.Literal["max_answer_tokens"]  # noqa: Y015
+    _WhichOneofArgType__max_answer_tokens: _TypeAlias = _typing.Literal["_max_answer_tokens", b"_max_answer_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__top_k: _TypeAlias = _typing.Literal["top_k"]  # noqa: Y015
+    _WhichOneofArgType__top_k: _TypeAlias = _typing.Literal["_top_k", b"_top_k"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__doc_stride) -> _WhichOneofReturnType__doc_stride | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_answer_tokens) -> _WhichOneofReturnType__max_answer_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__top_k) -> _WhichOneofReturnType__top_k | None: ...
+
+Global___AnswerQuestionRequest: _TypeAlias = AnswerQuestionRequest  # noqa: Y015
+
+@_typing.final
+class AnswerQuestionResponse(_message.Message):
+    """The answers to an AnswerQuestionRequest."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    RESULTS_FIELD_NUMBER: _builtins.int
+    TIMINGS_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    """Resource name of the adapter version that answered: `tenants/{tenant}/adapters/{adapter}/versions/{version}`."""
+    version: _builtins.int
+    """Version that answered; a positive integer."""
+    digest: _builtins.str
+    """SHA-256 over the content of the adapter that answered, in lower-case hex."""
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___AnswerQuestionResult]:
+        """One result for each input, in the order of the inputs."""
+
+    @_builtins.property
+    def timings(self) -> _common_pb2.Timings:
+        """Where the time of this request went."""
+
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+        version: _builtins.int = ...,
+        digest: _builtins.str = ...,
+        results: _abc.Iterable[Global___AnswerQuestionResult] | None = ...,
+        timings: _common_pb2.Timings | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "digest", b"digest", "results", b"results", "timings", b"timings", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AnswerQuestionResponse: _TypeAlias = AnswerQuestionResponse  # noqa: Y015
+
+@_typing.final
+class AnswerQuestionResult(_message.Message):
+    """The answers to one question."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ANSWERS_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_WINDOWS_FIELD_NUMBER: _builtins.int
+    num_tokens: _builtins.int
+    """Tokens in the forward pass, special tokens included, over all windows: the question counts once in each."""
+    num_windows: _builtins.int
+    """Windows the context was read in; 1 where it fits."""
+    @_builtins.property
+    def answers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Answer]:
+        """Answers, best first; at most `top_k`. Empty where the context has no token that could be an answer."""
+
+    def __init__(
+        self,
+        *,
+        answers: _abc.Iterable[Global___Answer] | None = ...,
+        num_tokens: _builtins.int = ...,
+        num_windows: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers", "num_tokens", b"num_tokens", "num_windows", b"num_windows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AnswerQuestionResult: _TypeAlias = AnswerQuestionResult  # noqa: Y015
+
+@_typing.final
+class Answer(_message.Message):
+    """One answer to a question: a span of the context, or that there is none."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NO_ANSWER_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
+    LOGIT_FIELD_NUMBER: _builtins.int
+    no_answer: _builtins.bool
+    """Whether this entry says that the context holds no answer; then `text` is empty, and `start` and `end` are 0. Only
+    with `allow_no_answer`; it takes a place among the `top_k`.
+    """
+    text: _builtins.str
+    """The text between `start` and `end`."""
+    start: _builtins.int
+    """Where the answer begins, in Unicode code points from the start of the context as it was sent."""
+    end: _builtins.int
+    """Where it ends, in Unicode code points from the start of the context; the character there is not part of it."""
+    score: _builtins.float
+    """Softmax of `logit` over the best candidates of all windows, "no answer" included with `allow_no_answer`; between
+    0 and 1.
+    """
+    logit: _builtins.float
+    """Logit of the span's first token as a start plus that of its last token as an end; of "no answer", both at the
+    tokenizer's CLS token, the lowest over windows.
+    """
+    def __init__(
+        self,
+        *,
+        no_answer: _builtins.bool = ...,
+        text: _builtins.str = ...,
+        start: _builtins.int = ...,
+        end: _builtins.int = ...,
+        score: _builtins.float = ...,
+        logit: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "logit", b"logit", "no_answer", b"no_answer", "score", b"score", "start", b"start", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Answer: _TypeAlias = Answer  # noqa: Y015
+
+@_typing.final
+class EmbedRequest(_message.Message):
+    """A list of inputs for one embedding adapter, or for the base model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    INPUTS_FIELD_NUMBER: _builtins.int
+    POOLING_FIELD_NUMBER: _builtins.int
+    NORMALIZE_FIELD_NUMBER: _builtins.int
+    TRUNCATE_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    """Which adapter answers, as in ClassifyRequest; `base` for the base model without an adapter."""
+    pooling: _common_pb2.Pooling.ValueType
+    """How the tokens become one vector. Unset: as the adapter says (`Adapter.pooling`)."""
+    normalize: _builtins.bool
+    """Whether each vector is divided by its Euclidean length. Unset: as the adapter says; not for the base model."""
+    truncate: _builtins.bool
+    """Cut texts that are longer than the adapter allows instead of refusing them."""
+    @_builtins.property
+    def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TextInput]:
+        """The texts, at least one and at most as many as the server allows (256 unless configured otherwise)."""
+
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+        inputs: _abc.Iterable[Global___TextInput] | None = ...,
+        pooling: _common_pb2.Pooling.ValueType = ...,
+        normalize: _builtins.bool | None = ...,
+        truncate: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_normalize", b"_normalize", "normalize", b"normalize"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_normalize", b"_normalize", "adapter", b"adapter", "inputs", b"inputs", "normalize", b"normalize", "pooling", b"pooling", "truncate", b"truncate"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__normalize: _TypeAlias = _typing.Literal["normalize"]  # noqa: Y015
+    _WhichOneofArgType__normalize: _TypeAlias = _typing.Literal["_normalize", b"_normalize"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__normalize) -> _WhichOneofReturnType__normalize | None: ...
+
+Global___EmbedRequest: _TypeAlias = EmbedRequest  # noqa: Y015
+
+@_typing.final
+class EmbedResponse(_message.Message):
+    """The answers to an EmbedRequest."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    RESULTS_FIELD_NUMBER: _builtins.int
+    DIMENSION_FIELD_NUMBER: _builtins.int
+    POOLING_FIELD_NUMBER: _builtins.int
+    NORMALIZE_FIELD_NUMBER: _builtins.int
+    TIMINGS_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    """Resource name of the adapter version that answered: `tenants/{tenant}/adapters/{adapter}/versions/{version}`."""
+    version: _builtins.int
+    """Version that answered; a positive integer."""
+    digest: _builtins.str
+    """SHA-256 over the content of the adapter that answered, in lower-case hex; of the base model, over samples of its
+    weights.
+    """
+    dimension: _builtins.int
+    """Numbers in each vector."""
+    pooling: _common_pb2.Pooling.ValueType
+    """The pooling that was used."""
+    normalize: _builtins.bool
+    """Whether the vectors were divided by their Euclidean length."""
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___EmbedResult]:
+        """One result for each input, in the order of the inputs."""
+
+    @_builtins.property
+    def timings(self) -> _common_pb2.Timings:
+        """Where the time of this request went."""
+
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+        version: _builtins.int = ...,
+        digest: _builtins.str = ...,
+        results: _abc.Iterable[Global___EmbedResult] | None = ...,
+        dimension: _builtins.int = ...,
+        pooling: _common_pb2.Pooling.ValueType = ...,
+        normalize: _builtins.bool = ...,
+        timings: _common_pb2.Timings | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "digest", b"digest", "dimension", b"dimension", "normalize", b"normalize", "pooling", b"pooling", "results", b"results", "timings", b"timings", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EmbedResponse: _TypeAlias = EmbedResponse  # noqa: Y015
+
+@_typing.final
+class EmbedResult(_message.Message):
+    """The vector of one input."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALUES_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    TRUNCATED_FIELD_NUMBER: _builtins.int
+    num_tokens: _builtins.int
+    """Tokens the input had in the forward pass, special tokens included, after truncation."""
+    truncated: _builtins.bool
+    """Whether the input was cut to the adapter's maximum length."""
+    @_builtins.property
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """The vector, `EmbedResponse.dimension` numbers."""
+
+    def __init__(
+        self,
+        *,
+        values: _abc.Iterable[_builtins.float] | None = ...,
+        num_tokens: _builtins.int = ...,
+        truncated: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_tokens", b"num_tokens", "truncated", b"truncated", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EmbedResult: _TypeAlias = EmbedResult  # noqa: Y015

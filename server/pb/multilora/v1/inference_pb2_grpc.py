@@ -27,7 +27,14 @@ if _version_not_supported:
 
 class InferenceServiceStub:
     """Answers requests with one resident base model and the adapter each request names. Requests for different
-    adapters share batches; no adapter is ever merged into the base.
+    adapters, and for different tasks, share batches; no adapter is ever merged into the base.
+
+    An adapter that is not resident is loaded first; the wait is reported in the timings. All inputs are answered by
+    the same version of the adapter, and one bad input fails the call, naming its index.
+
+    Errors of every rpc: INVALID_ARGUMENT (a field is wrong, or a text is too long), NOT_FOUND (no such adapter),
+    FAILED_PRECONDITION (the adapter was refused or answers another task), RESOURCE_EXHAUSTED (the server is full; see
+    RetryInfo), DEADLINE_EXCEEDED, CANCELLED, UNAVAILABLE (starting or stopping).
     """
 
     def __init__(self, channel):
@@ -41,22 +48,59 @@ class InferenceServiceStub:
                 request_serializer=multilora_dot_v1_dot_inference__pb2.ClassifyRequest.SerializeToString,
                 response_deserializer=multilora_dot_v1_dot_inference__pb2.ClassifyResponse.FromString,
                 _registered_method=True)
+        self.ClassifyTokens = channel.unary_unary(
+                '/multilora.v1.InferenceService/ClassifyTokens',
+                request_serializer=multilora_dot_v1_dot_inference__pb2.ClassifyTokensRequest.SerializeToString,
+                response_deserializer=multilora_dot_v1_dot_inference__pb2.ClassifyTokensResponse.FromString,
+                _registered_method=True)
+        self.AnswerQuestion = channel.unary_unary(
+                '/multilora.v1.InferenceService/AnswerQuestion',
+                request_serializer=multilora_dot_v1_dot_inference__pb2.AnswerQuestionRequest.SerializeToString,
+                response_deserializer=multilora_dot_v1_dot_inference__pb2.AnswerQuestionResponse.FromString,
+                _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/multilora.v1.InferenceService/Embed',
+                request_serializer=multilora_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=multilora_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServiceServicer:
     """Answers requests with one resident base model and the adapter each request names. Requests for different
-    adapters share batches; no adapter is ever merged into the base.
+    adapters, and for different tasks, share batches; no adapter is ever merged into the base.
+
+    An adapter that is not resident is loaded first; the wait is reported in the timings. All inputs are answered by
+    the same version of the adapter, and one bad input fails the call, naming its index.
+
+    Errors of every rpc: INVALID_ARGUMENT (a field is wrong, or a text is too long), NOT_FOUND (no such adapter),
+    FAILED_PRECONDITION (the adapter was refused or answers another task), RESOURCE_EXHAUSTED (the server is full; see
+    RetryInfo), DEADLINE_EXCEEDED, CANCELLED, UNAVAILABLE (starting or stopping).
     """
 
     def Classify(self, request, context):
-        """Scores each input over the labels of a classification (or regression) adapter.
+        """Scores each input over the labels of a classification (or regression) adapter (task CLASSIFY).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
-        An adapter that is not resident is loaded first; the wait is reported in the timings. All inputs are answered
-        by the same version of the adapter, and one bad input fails the call, naming its index.
+    def ClassifyTokens(self, request, context):
+        """Labels tokens, words or entities of each text with a token classification adapter (task CLASSIFY_TOKENS).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
-        Errors: INVALID_ARGUMENT (a field is wrong, or a text is too long and `truncate` is not set), NOT_FOUND (no
-        such adapter), FAILED_PRECONDITION (the adapter was refused or answers another task), RESOURCE_EXHAUSTED
-        (the server is full; see RetryInfo), DEADLINE_EXCEEDED, CANCELLED, UNAVAILABLE (starting or stopping).
+    def AnswerQuestion(self, request, context):
+        """Answers each question with spans of its context, with an extractive question answering adapter (task ANSWER). A
+        context that is too long is read in overlapping windows; each counts as a sequence against the server's limit.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Embed(self, request, context):
+        """Turns each input into a vector, with an embedding adapter (task EMBED) or with the base model alone.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -70,6 +114,21 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     request_deserializer=multilora_dot_v1_dot_inference__pb2.ClassifyRequest.FromString,
                     response_serializer=multilora_dot_v1_dot_inference__pb2.ClassifyResponse.SerializeToString,
             ),
+            'ClassifyTokens': grpc.unary_unary_rpc_method_handler(
+                    servicer.ClassifyTokens,
+                    request_deserializer=multilora_dot_v1_dot_inference__pb2.ClassifyTokensRequest.FromString,
+                    response_serializer=multilora_dot_v1_dot_inference__pb2.ClassifyTokensResponse.SerializeToString,
+            ),
+            'AnswerQuestion': grpc.unary_unary_rpc_method_handler(
+                    servicer.AnswerQuestion,
+                    request_deserializer=multilora_dot_v1_dot_inference__pb2.AnswerQuestionRequest.FromString,
+                    response_serializer=multilora_dot_v1_dot_inference__pb2.AnswerQuestionResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=multilora_dot_v1_dot_inference__pb2.EmbedRequest.FromString,
+                    response_serializer=multilora_dot_v1_dot_inference__pb2.EmbedResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'multilora.v1.InferenceService', rpc_method_handlers)
@@ -80,7 +139,14 @@ def add_InferenceServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class InferenceService:
     """Answers requests with one resident base model and the adapter each request names. Requests for different
-    adapters share batches; no adapter is ever merged into the base.
+    adapters, and for different tasks, share batches; no adapter is ever merged into the base.
+
+    An adapter that is not resident is loaded first; the wait is reported in the timings. All inputs are answered by
+    the same version of the adapter, and one bad input fails the call, naming its index.
+
+    Errors of every rpc: INVALID_ARGUMENT (a field is wrong, or a text is too long), NOT_FOUND (no such adapter),
+    FAILED_PRECONDITION (the adapter was refused or answers another task), RESOURCE_EXHAUSTED (the server is full; see
+    RetryInfo), DEADLINE_EXCEEDED, CANCELLED, UNAVAILABLE (starting or stopping).
     """
 
     @staticmethod
@@ -100,6 +166,87 @@ class InferenceService:
             '/multilora.v1.InferenceService/Classify',
             multilora_dot_v1_dot_inference__pb2.ClassifyRequest.SerializeToString,
             multilora_dot_v1_dot_inference__pb2.ClassifyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ClassifyTokens(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/multilora.v1.InferenceService/ClassifyTokens',
+            multilora_dot_v1_dot_inference__pb2.ClassifyTokensRequest.SerializeToString,
+            multilora_dot_v1_dot_inference__pb2.ClassifyTokensResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AnswerQuestion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/multilora.v1.InferenceService/AnswerQuestion',
+            multilora_dot_v1_dot_inference__pb2.AnswerQuestionRequest.SerializeToString,
+            multilora_dot_v1_dot_inference__pb2.AnswerQuestionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/multilora.v1.InferenceService/Embed',
+            multilora_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+            multilora_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

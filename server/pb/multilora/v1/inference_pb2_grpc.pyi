@@ -28,7 +28,14 @@ GRPC_VERSION: str
 
 class InferenceServiceStub:
     """Answers requests with one resident base model and the adapter each request names. Requests for different
-    adapters share batches; no adapter is ever merged into the base.
+    adapters, and for different tasks, share batches; no adapter is ever merged into the base.
+
+    An adapter that is not resident is loaded first; the wait is reported in the timings. All inputs are answered by
+    the same version of the adapter, and one bad input fails the call, naming its index.
+
+    Errors of every rpc: INVALID_ARGUMENT (a field is wrong, or a text is too long), NOT_FOUND (no such adapter),
+    FAILED_PRECONDITION (the adapter was refused or answers another task), RESOURCE_EXHAUSTED (the server is full; see
+    RetryInfo), DEADLINE_EXCEEDED, CANCELLED, UNAVAILABLE (starting or stopping).
     """
 
     @_typing.overload
@@ -36,37 +43,51 @@ class InferenceServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> InferenceServiceAsyncStub: ...
     Classify: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ClassifyRequest, _inference_pb2.ClassifyResponse]
-    """Scores each input over the labels of a classification (or regression) adapter.
-
-    An adapter that is not resident is loaded first; the wait is reported in the timings. All inputs are answered
-    by the same version of the adapter, and one bad input fails the call, naming its index.
-
-    Errors: INVALID_ARGUMENT (a field is wrong, or a text is too long and `truncate` is not set), NOT_FOUND (no
-    such adapter), FAILED_PRECONDITION (the adapter was refused or answers another task), RESOURCE_EXHAUSTED
-    (the server is full; see RetryInfo), DEADLINE_EXCEEDED, CANCELLED, UNAVAILABLE (starting or stopping).
+    """Scores each input over the labels of a classification (or regression) adapter (task CLASSIFY)."""
+    ClassifyTokens: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ClassifyTokensRequest, _inference_pb2.ClassifyTokensResponse]
+    """Labels tokens, words or entities of each text with a token classification adapter (task CLASSIFY_TOKENS)."""
+    AnswerQuestion: _grpc.UnaryUnaryMultiCallable[_inference_pb2.AnswerQuestionRequest, _inference_pb2.AnswerQuestionResponse]
+    """Answers each question with spans of its context, with an extractive question answering adapter (task ANSWER). A
+    context that is too long is read in overlapping windows; each counts as a sequence against the server's limit.
     """
+    Embed: _grpc.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]
+    """Turns each input into a vector, with an embedding adapter (task EMBED) or with the base model alone."""
 
 @_typing.type_check_only
 class InferenceServiceAsyncStub(InferenceServiceStub):
     """Answers requests with one resident base model and the adapter each request names. Requests for different
-    adapters share batches; no adapter is ever merged into the base.
+    adapters, and for different tasks, share batches; no adapter is ever merged into the base.
+
+    An adapter that is not resident is loaded first; the wait is reported in the timings. All inputs are answered by
+    the same version of the adapter, and one bad input fails the call, naming its index.
+
+    Errors of every rpc: INVALID_ARGUMENT (a field is wrong, or a text is too long), NOT_FOUND (no such adapter),
+    FAILED_PRECONDITION (the adapter was refused or answers another task), RESOURCE_EXHAUSTED (the server is full; see
+    RetryInfo), DEADLINE_EXCEEDED, CANCELLED, UNAVAILABLE (starting or stopping).
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Classify: _aio.UnaryUnaryMultiCallable[_inference_pb2.ClassifyRequest, _inference_pb2.ClassifyResponse]  # type: ignore[assignment]
-    """Scores each input over the labels of a classification (or regression) adapter.
-
-    An adapter that is not resident is loaded first; the wait is reported in the timings. All inputs are answered
-    by the same version of the adapter, and one bad input fails the call, naming its index.
-
-    Errors: INVALID_ARGUMENT (a field is wrong, or a text is too long and `truncate` is not set), NOT_FOUND (no
-    such adapter), FAILED_PRECONDITION (the adapter was refused or answers another task), RESOURCE_EXHAUSTED
-    (the server is full; see RetryInfo), DEADLINE_EXCEEDED, CANCELLED, UNAVAILABLE (starting or stopping).
+    """Scores each input over the labels of a classification (or regression) adapter (task CLASSIFY)."""
+    ClassifyTokens: _aio.UnaryUnaryMultiCallable[_inference_pb2.ClassifyTokensRequest, _inference_pb2.ClassifyTokensResponse]  # type: ignore[assignment]
+    """Labels tokens, words or entities of each text with a token classification adapter (task CLASSIFY_TOKENS)."""
+    AnswerQuestion: _aio.UnaryUnaryMultiCallable[_inference_pb2.AnswerQuestionRequest, _inference_pb2.AnswerQuestionResponse]  # type: ignore[assignment]
+    """Answers each question with spans of its context, with an extractive question answering adapter (task ANSWER). A
+    context that is too long is read in overlapping windows; each counts as a sequence against the server's limit.
     """
+    Embed: _aio.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]  # type: ignore[assignment]
+    """Turns each input into a vector, with an embedding adapter (task EMBED) or with the base model alone."""
 
 class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     """Answers requests with one resident base model and the adapter each request names. Requests for different
-    adapters share batches; no adapter is ever merged into the base.
+    adapters, and for different tasks, share batches; no adapter is ever merged into the base.
+
+    An adapter that is not resident is loaded first; the wait is reported in the timings. All inputs are answered by
+    the same version of the adapter, and one bad input fails the call, naming its index.
+
+    Errors of every rpc: INVALID_ARGUMENT (a field is wrong, or a text is too long), NOT_FOUND (no such adapter),
+    FAILED_PRECONDITION (the adapter was refused or answers another task), RESOURCE_EXHAUSTED (the server is full; see
+    RetryInfo), DEADLINE_EXCEEDED, CANCELLED, UNAVAILABLE (starting or stopping).
     """
 
     @_abc_1.abstractmethod
@@ -75,14 +96,32 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.ClassifyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.ClassifyResponse, _abc.Awaitable[_inference_pb2.ClassifyResponse]]:
-        """Scores each input over the labels of a classification (or regression) adapter.
+        """Scores each input over the labels of a classification (or regression) adapter (task CLASSIFY)."""
 
-        An adapter that is not resident is loaded first; the wait is reported in the timings. All inputs are answered
-        by the same version of the adapter, and one bad input fails the call, naming its index.
+    @_abc_1.abstractmethod
+    def ClassifyTokens(
+        self,
+        request: _inference_pb2.ClassifyTokensRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.ClassifyTokensResponse, _abc.Awaitable[_inference_pb2.ClassifyTokensResponse]]:
+        """Labels tokens, words or entities of each text with a token classification adapter (task CLASSIFY_TOKENS)."""
 
-        Errors: INVALID_ARGUMENT (a field is wrong, or a text is too long and `truncate` is not set), NOT_FOUND (no
-        such adapter), FAILED_PRECONDITION (the adapter was refused or answers another task), RESOURCE_EXHAUSTED
-        (the server is full; see RetryInfo), DEADLINE_EXCEEDED, CANCELLED, UNAVAILABLE (starting or stopping).
+    @_abc_1.abstractmethod
+    def AnswerQuestion(
+        self,
+        request: _inference_pb2.AnswerQuestionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.AnswerQuestionResponse, _abc.Awaitable[_inference_pb2.AnswerQuestionResponse]]:
+        """Answers each question with spans of its context, with an extractive question answering adapter (task ANSWER). A
+        context that is too long is read in overlapping windows; each counts as a sequence against the server's limit.
         """
+
+    @_abc_1.abstractmethod
+    def Embed(
+        self,
+        request: _inference_pb2.EmbedRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.EmbedResponse, _abc.Awaitable[_inference_pb2.EmbedResponse]]:
+        """Turns each input into a vector, with an embedding adapter (task EMBED) or with the base model alone."""
 
 def add_InferenceServiceServicer_to_server(servicer: InferenceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

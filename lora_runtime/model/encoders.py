@@ -1,0 +1,89 @@
+"""Which tokenizer an adapter's texts go through: the base's, or the one in the adapter's own folder."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from concurrent.futures import Future
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from lora_runtime.adapters.folder import open_folder
+from lora_runtime.adapters.tokenizer import TOKENIZER_FILE
+from lora_runtime.errors import AdapterRejected
+from lora_runtime.model.encoder_text import TextEncoder
+from lora_runtime.types import AdapterInfo
+
+_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
+MAX_CACHED = 64  # encoders beside the base's; each costs its vocabulary once per thread that uses it
+
+
+class Encoders:
+    """The base's encoder, and those of adapters that brought a tokenizer, by that file's SHA-256.
+
+    Thread-safe. `for_adapter` may read files and then blocks, so it is no call for an event loop. A tokenizer that
+    several threads ask for at once is loaded once; the ones used least recently go when there are too many.
+    """
+
+    def __init__(self, base: TextEncoder) -> None:
+        self.base = base
+        self._lock = threading.Lock()
+        self._cached: OrderedDict[str, Future[TextEncoder]] = OrderedDict()
+
+    def for_adapter(self, info: AdapterInfo) -> TextEncoder:
+        """The encoder of an adapter's texts; its `max_length` is the base's.
+
+        Raises AdapterRejected when the adapter's tokenizer cannot be read, or is not the one that was registered.
+        """
+        digest = info.card.tokenizer_sha256 if info.card else None
+        if digest is None:
+            return self.base
+        with self._lock:
+            future = self._cached.get(digest)
+            loads = future is None
+            if future is None:
+                future = self._cached[digest] = Future[TextEncoder]()
+            self._cached.move_to_end(digest)
+            if len(self._cached) > MAX_CACHED:
+                self._cached.popitem(last=False)
+        if loads:
+            self._load(info.path, digest, future)
+        return future.result()
+
+    def _load(self, folder: Path, digest: str, future: Future[TextEncoder]) -> None:
+        """Settle `future`; a failure is not kept, since the folder may be mended."""
+        try:
+            future.set_result(_read_encoder(folder, digest, self.base))
+        except BaseException as error:  # whatever it is, those who wait must learn of it
+            with self._lock:
+                if self._cached.get(digest) is future:
+                    del self._cached[digest]
+            future.set_exception(error)
+            raise
+
+
+def _read_encoder(folder: Path, digest: str, base: TextEncoder) -> TextEncoder:
+    try:
+        opened = open_folder(folder)
+        # none of them may be a link out of the folder; it may be the sub-folder of a named adapter that holds them
+        paths = [opened.find(name) for name in (TOKENIZER_FILE, *_BESIDE)]
+        path = paths[0] or folder / TOKENIZER_FILE
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        message = f"cannot be read ({error.strerror or type(error).__name__}); put it back or register the adapter anew"
+        raise AdapterRejected("FILES_UNREADABLE", TOKENIZER_FILE, message) from error
+    if found != digest:
+        message = f"has the SHA-256 {found}, it was registered with {digest}; register what changed as a new version"
+        raise AdapterRejected("DIGEST_MISMATCH", TOKENIZER_FILE, message)
+    try:
+        # Code that a folder brings is not run; left at its default, the option would ask at the terminal.
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises the bare Exception on a file it cannot parse
+        reason = type(error).__name__
+        raise AdapterRejected("TOKENIZER_UNSUPPORTED", TOKENIZER_FILE, f"cannot be loaded ({reason})") from error
+    if not getattr(tokenizer, "is_fast", False):
+        message = "is not used by the tokenizer class that the folder names, which is no fast one"
+        raise AdapterRejected("TOKENIZER_UNSUPPORTED", TOKENIZER_FILE, message)
+    return base.with_tokenizer(tokenizer)

@@ -1,0 +1,104 @@
+"""The base's modules, wrapped in place: each adds, to the rows of an adapter, what that adapter changes. Nothing is
+merged, and rows of no adapter keep their bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+
+from lora_runtime.batch import Extras, current_step, scale_and_shift
+from lora_runtime.types import Site, SiteGroup
+
+
+class Wrapped(nn.Module):
+    """A module of the base at `path` of the backbone; attributes it lacks are the base module's own."""
+
+    def __init__(self, base: nn.Module, path: str) -> None:
+        super().__init__()
+        self.base = base
+        self.path = path
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)  # some architectures read a weight's dtype
+
+
+class LoraLinear(Wrapped):
+    """A base projection that adds, per segment of the running step, the segment's own low-rank delta."""
+
+    def __init__(self, base: nn.Module, site: Site, group: SiteGroup) -> None:
+        super().__init__(base, site.name)
+        self.site = site
+        self.group = group
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., T, d_in] → [..., T, d_out]."""
+        y = self.base(x)
+        step = current_step.get()
+        if step is None:
+            return y
+        owners = step.owners(x)
+        rows = y.view(-1, y.shape[-1])
+        extras = owners.extras(self.path)
+        for start, end, extra in extras:
+            if extra.params:
+                rows[start:end] = functional_call(self.base, dict(extra.params), x.reshape(-1, x.shape[-1])[start:end])
+        if owners.plan.active(self.group):
+            shrunk = step.shrink(x, self.group, owners.plan)
+            step.backend.expand(shrunk, self.site, owners.plan, rows)
+        scale_and_shift(rows, extras)
+        return y
+
+
+class AdaptedLeaf(Wrapped):
+    """A norm, or another module that computes each token by itself: it runs again with an adapter's parameters."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        y = self.base(x, *args, **kwargs)
+        step = current_step.get()
+        if step is None or not (extras := (owners := step.owners(x)).extras(self.path)):
+            return y
+        inputs, rows = owners.rows(x), owners.rows(y)
+        for start, end, extra in extras:
+            rows[start:end] = functional_call(self.base, dict(extra.params), (inputs[start:end], *args), kwargs)
+        return y
+
+
+class AdaptedEmbedding(Wrapped):
+    """An embedding with, per adapter, replaced rows, a low-rank delta, or another table."""
+
+    def __init__(self, base: nn.Embedding, path: str) -> None:
+        super().__init__(base, path)
+        self._num_rows = base.num_embeddings
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids [..., T] → [..., T, d]."""
+        step = current_step.get()
+        if step is None or not (extras := step.owners(ids).extras(self.path)):
+            return self.base(ids)
+        y = self.base(ids.clamp(max=self._num_rows - 1))  # an adapter's own table may have more rows
+        flat, rows = ids.reshape(-1), y.view(-1, y.shape[-1])
+        for start, end, extra in extras:
+            self._adapt(flat[start:end], rows[start:end], extra)
+        return y
+
+    def _adapt(self, ids: torch.Tensor, rows: torch.Tensor, extra: Extras) -> None:
+        if extra.params:
+            rows.copy_(functional_call(self.base, dict(extra.params), ids))
+        if extra.row_ids is not None:
+            assert extra.rows is not None
+            place = torch.searchsorted(extra.row_ids, ids).clamp_(max=len(extra.row_ids) - 1)
+            chosen = (extra.row_ids[place] == ids).nonzero().view(-1)
+            rows[chosen] = extra.rows[place[chosen]]
+        if extra.embed_a is not None:
+            assert extra.embed_b is not None
+            rows.addmm_(F.embedding(ids, extra.embed_a), extra.embed_b)
+        if extra.gain is not None:
+            rows.mul_(extra.gain)

@@ -1,0 +1,61 @@
+"""Those who are told what the engine does."""
+
+from __future__ import annotations
+
+import logging
+from typing import Protocol
+
+from lora_runtime.errors import MultiloraError
+from lora_runtime.types import AdapterInfo, AdapterState, BatchStats, Request, Result
+
+logger = logging.getLogger(__name__)
+
+
+class EngineObserver(Protocol):
+    """Told of what happens, in the engine thread: be quick. What it raises is logged and ignored."""
+
+    def on_batch(self, stats: BatchStats) -> None: ...
+
+    def on_result(self, request: Request, result: Result | MultiloraError) -> None: ...
+
+    def on_adapter(self, info: AdapterInfo) -> None: ...
+
+
+class Observers:
+    """All of them, as one observer that cannot fail."""
+
+    def __init__(self) -> None:
+        self._observers: list[EngineObserver] = []
+
+    def add(self, observer: EngineObserver) -> None:
+        self._observers.append(observer)
+
+    def on_batch(self, stats: BatchStats) -> None:
+        self._tell("on_batch", stats)
+
+    def on_result(self, request: Request, result: Result | MultiloraError) -> None:
+        self._tell("on_result", request, result)
+
+    def on_adapter(self, info: AdapterInfo) -> None:
+        _log_state(info)
+        self._tell("on_adapter", info)
+
+    def _tell(self, event: str, *facts: object) -> None:
+        for observer in self._observers:
+            try:
+                getattr(observer, event)(*facts)
+            except Exception:
+                logger.exception("observer %s failed in %s", type(observer).__name__, event)
+
+
+def _log_state(info: AdapterInfo) -> None:
+    """The states an operator wants to see; the rest only when debugging."""
+    if info.state is AdapterState.FAILED and info.failure is not None:
+        logger.warning("adapter %s is refused: %s", info.id, info.failure.message)
+    elif info.state is AdapterState.READY:
+        size, seconds = info.resident_bytes / 2**20, info.load_seconds or 0.0
+        logger.info("adapter %s is loaded: %.1f MiB in %.0f ms", info.id, size, 1000 * seconds)
+    else:
+        logger.log(
+            logging.INFO if info.state is AdapterState.DRAINING else logging.DEBUG, "%s: %s", info.id, info.state
+        )
