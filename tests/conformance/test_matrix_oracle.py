@@ -1,0 +1,57 @@
+"""The oracle of the matrix is sharp: whatever a case saves changes PEFT's answer, so leaving it out would be seen."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conformance.cases import Case, case_params
+from tests.conformance.families import build_base
+from tests.conformance.matrix_adapters import WEIGHTS_FILE, make
+from tests.oracle import relative_difference
+
+# A key's bias adds the same to all scores of one query, which softmax takes away again. With bias="all", PEFT also
+# writes the biases of the modules that it replaced.
+_WITHOUT_EFFECT = re.compile(r"\b(key|k_lin)\..*bias$|\boriginal_module\b")
+
+
+@pytest.mark.parametrize("case", case_params())
+def test_every_kind_of_tensor_in_the_file_changes_the_answer(case: Case, tmp_path: Path) -> None:
+    base = build_base(case.family, tmp_path)
+    adapter = make(case, base, 0, tmp_path)
+    sequences = case.sequences(base, 0)
+    oracle = adapter.oracle()
+    expected = [oracle.answer(sequence) for sequence in sequences]
+    tensors = dict(oracle.model.named_parameters(remove_duplicate=False)) | dict(oracle.model.named_buffers())
+    for kind, names in _kinds(adapter.peft_folder / WEIGHTS_FILE, set(tensors)).items():
+        kept = {name: tensors[name].detach().clone() for name in names}
+        with torch.no_grad():
+            for name in names:
+                tensors[name].add_(0.1 * torch.randn_like(tensors[name]))
+        changed = relative_difference([oracle.answer(sequence) for sequence in sequences], expected)
+        ignored_by_peft = case.may_be_refused and "lora_embedding" in kind
+        assert changed > 1e-3 or ignored_by_peft or _WITHOUT_EFFECT.search(kind), f"{kind} changes nothing"
+        with torch.no_grad():
+            for name in names:
+                tensors[name].copy_(kept[name])
+
+
+def _kinds(path: Path, names: set[str]) -> dict[str, list[str]]:
+    """The model's tensors that the file holds, by the last parts of their keys."""
+    plain = {name: _as_saved(name) for name in names}
+    found: dict[str, list[str]] = {}
+    for key in load_file(path):
+        kind = ".".join(part for part in key.split(".")[-3:] if not part.isdigit())
+        matches = [name for name, saved in plain.items() if saved in (key, f"{key}.weight")]
+        found.setdefault(kind, []).extend(matches)
+    return {kind: matches for kind, matches in found.items() if matches}
+
+
+def _as_saved(name: str) -> str:
+    for part in (".modules_to_save.default", ".default", ".modules_to_save.tuned", ".tuned"):
+        name = name.replace(part, "")
+    return name
