@@ -92,7 +92,11 @@ def train(adapted: torch.nn.Module) -> None:
 
 def _task_model(base: Path, task_type: str, num_labels: int | None, vocab_size: int | None) -> PreTrainedModel:
     options = {} if num_labels is None else {"num_labels": num_labels}
-    model = TASK_CLASSES[task_type].from_pretrained(str(base), **options)
+    model, info = TASK_CLASSES[task_type].from_pretrained(str(base), output_loading_info=True, **options)
+    prefix = f"{model.base_model_prefix}."
+    if any(key.startswith(prefix) and ".pooler." not in key for key in info["missing_keys"]):
+        # Llama's class for answers calls the backbone "transformer", and finds no weights under the name "model"
+        model.get_submodule(model.base_model_prefix).load_state_dict(AutoModel.from_pretrained(str(base)).state_dict())
     if vocab_size is not None:
         model.resize_token_embeddings(vocab_size, mean_resizing=False)
     return model.eval()

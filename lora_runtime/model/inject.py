@@ -32,14 +32,17 @@ def make_sites(
     return tuple(sites), groups
 
 
-def make_leaves(observed: dict[str, Observed], sequence_linears: dict[str, nn.Module], packed: bool) -> dict[str, Leaf]:
-    """What adapters may change. Where sequences are packed, a module that sees no row per token is none of it."""
+def make_leaves(observed: dict[str, Observed], sequence_leaves: dict[str, nn.Module], packed: bool) -> dict[str, Leaf]:
+    """What adapters may change, in the token path and in the head stage.
+
+    Where sequences are packed, a module that sees no row per token is none of it.
+    """
     leaves = {
-        path: make_leaf(path, leaf.module)
+        path: make_leaf(path, leaf.module, per_sequence=not leaf.per_token)  # a pooler, even if no task's head has it
         for path, leaf in observed.items()
-        if leaf.per_token and not (packed and Rows.SHARED in leaf.rows)
+        if not (packed and Rows.SHARED in leaf.rows)
     }
-    return leaves | {path: make_leaf(path, linear, per_sequence=True) for path, linear in sequence_linears.items()}
+    return leaves | {path: make_leaf(path, module, per_sequence=True) for path, module in sequence_leaves.items()}
 
 
 def make_leaf(path: str, module: nn.Module, *, per_sequence: bool = False) -> Leaf:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
@@ -29,6 +30,7 @@ from lora_runtime.adapters.metadata import BaseFingerprint
 from lora_runtime.adapters.tokenizer import tokenizer_digest
 from lora_runtime.errors import BaseModelUnsupported
 from lora_runtime.heads import PooledHead, TaskHead
+from lora_runtime.heads.sequence_leaf import is_leaf
 from lora_runtime.heads.task_head import PROBE_LABELS
 from lora_runtime.model.base import Backbone, BaseModel, PackedBackbone
 from lora_runtime.model.inject import make_leaves, make_sites, shared_modules, wrap_leaves
@@ -54,6 +56,7 @@ class _Looked:
     drawn: dict[Task, dict[str, torch.Tensor]]  # what adapters will bring, at random for the proof
     unserved: dict[Task, str]
     observed: dict[str, Observed]
+    unrun: dict[str, nn.Module]  # leaves that the plain backbone has and no task class does: a pooler
     expected: SeparateOutputs
     word_embedding: str
 
@@ -109,6 +112,7 @@ def _look(primary: Any, absent: set[str]) -> _Looked:
         {skeleton.task: skeleton.drawn() for skeleton in skeletons},
         unserved,
         observed,
+        _unrun(primary.config, backbone),
         expected,
         next((path for path, leaf in observed.items() if leaf.module is embedding), ""),
     )
@@ -131,6 +135,14 @@ def _skeletons(
             else:
                 found.append(skeleton)
     return found, unserved
+
+
+def _unrun(config: Any, backbone: nn.Module) -> dict[str, nn.Module]:
+    """Without weights: adapters trained on the plain backbone may change what no answer depends on."""
+    with torch.device("meta"):
+        plain = AutoModel.from_config(config)
+    absent = {name for name, _ in plain.named_children()} - {name for name, _ in backbone.named_children()}
+    return {path: m for path, m in plain.named_modules() if path.split(".")[0] in absent and is_leaf(m)}
 
 
 def _probe_batch(backbone: nn.Module) -> dict[str, Any]:
@@ -199,8 +211,8 @@ def _make_spec(
         heads={task: head.spec for task, head in heads.items()},
         fingerprint=looked.fingerprint,
         max_length=_max_length(looked.config, tokenizer, backbone),
-        modules=looked.modules,
-        leaves=make_leaves(looked.observed, linears, packed=isinstance(backbone, PackedBackbone)),
+        modules=looked.modules | looked.unrun.keys(),
+        leaves=make_leaves(looked.observed, looked.unrun | linears, packed=isinstance(backbone, PackedBackbone)),
         parameters=looked.parameters | outside,
         is_decoder=looked.decoder,
         word_embedding=looked.word_embedding,

@@ -1,16 +1,23 @@
-"""Writes the README's benchmark tables from the committed result files: `python -m tests.benchmarks.render`."""
+"""Writes the README's tables: `python -m tests.benchmarks.render`.
+
+Figures come from the committed result files, the variants from the code's registry, the families from the tests.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from lora_runtime.adapters.variants import support_table
+from tests.conformance.cases import CASES
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
-_BLOCK = re.compile(r"(<!-- result (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- (?P<kind>result|table) (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 _CONTENDERS = {
     "own_base": "multilora, base alone, packed",
@@ -28,12 +35,44 @@ _RATIOS = {
 }
 
 
+_TASKS = {
+    "SEQ_CLS": "`Classify`",
+    "TOKEN_CLS": "`ClassifyTokens`",
+    "QUESTION_ANS": "`AnswerQuestion`",
+    "FEATURE_EXTRACTION": "`Embed`",
+    "CAUSAL_LM": "next token",
+}
+
+
 def render(readme: str) -> str:
-    """The README's text with every block between `<!-- result NAME -->` and `<!-- end -->` made anew."""
-    return _BLOCK.sub(lambda block: block[1] + _table(block["name"]) + block[3], readme)
+    """The README's text with every block from `<!-- result NAME -->` or `<!-- table NAME -->` to its end made anew."""
+    return _BLOCK.sub(lambda block: block[1] + _content(block["kind"], block["name"]) + block[4], readme)
 
 
-def _table(name: str) -> str:
+def _content(kind: str, name: str) -> str:
+    return _result(name) if kind == "result" else _TABLES[name]()
+
+
+def families_table() -> str:
+    """How many cases of the conformance matrix prove each architecture, by task."""
+    counts = Counter((case.family, case.task) for case in CASES if not case.may_be_refused)
+    lines = [f"| architecture | {' | '.join(_TASKS.values())} |", "| --- |" + " --- |" * len(_TASKS)]
+    lines += [
+        f"| {family} | {' | '.join(str(counts[family, task] or '') for task in _TASKS)} |"
+        for family in dict.fromkeys(case.family for case in CASES)
+    ]
+    return "\n".join([*lines, ""])
+
+
+def variants_table() -> str:
+    """What of PEFT is served, and what is refused and why."""
+    return support_table().rstrip("\n") + "\n"
+
+
+_TABLES = {"variants": variants_table, "families": families_table}
+
+
+def _result(name: str) -> str:
     result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     settings, machine, texts = result["settings"], result["machine"], result["texts"]
     lines = ["| contender | texts/s, median (low to high) |", "|---|---|"]

@@ -299,6 +299,25 @@ _DEBERTAS = [
     Case("deberta-v2-conv", "mlp", "TOKEN_CLS", lora={"target_modules": ["intermediate.dense", "output.dense"]}),
     Case("deberta-v2-conv", "plain", "FEATURE_EXTRACTION"),
 ]
+_MPNET = [
+    Case("mpnet", "dora", lora={**_DORA, "target_modules": linears}),
+    Case("mpnet", "relative-positions", lora={"target_modules": also("relative_attention_bias")}),
+    Case("mpnet", "plain", "TOKEN_CLS"),
+    Case("mpnet", "plain", "QUESTION_ANS"),
+    Case("mpnet", "bias-all", "FEATURE_EXTRACTION", lora={"bias": "all"}),
+]
+_OTHER_DECODERS = [
+    Case(family, *variant, lora=lora)
+    for family in ("qwen3", "mistral", "gpt-neox", "gpt-neo")
+    for variant, lora in (
+        (("linears",), {"target_modules": linears}),
+        (("dora", "TOKEN_CLS"), _DORA),
+        (("plain", "QUESTION_ANS"), {}),
+        (("trainable-tokens", "FEATURE_EXTRACTION"), {"trainable_token_indices": some_tokens}),
+        (("embedding", "CAUSAL_LM"), {"target_modules": with_words}),
+    )
+]
+_OTHER_DECODERS += [Case("qwen3", "saved-norms", "CAUSAL_LM", lora={"modules_to_save": ["q_norm", "k_norm"]})]
 _GPT2 = [
     Case("gpt2", "linears", lora={"target_modules": linears}, fast=True),
     Case("gpt2", "dora", lora=_DORA),
@@ -323,6 +342,7 @@ _LLAMA = [
     Case("llama", "saved-norms", lora={"modules_to_save": ["norm", "input_layernorm"]}),
     Case("llama", "plain", "FEATURE_EXTRACTION"),
     Case("llama", "plain", "TOKEN_CLS"),
+    Case("llama", "plain", "QUESTION_ANS"),
     Case("llama", "plain", "CAUSAL_LM", fast=True),
     Case(
         "llama",
@@ -384,7 +404,8 @@ _TIED = [
 
 CASES: tuple[Case, ...] = tuple(
     sorted(
-        [*_BERT, *_ENCODERS, *_DEBERTAS, *_GPT2, *_LLAMA, *_TIED], key=lambda case: list(FAMILIES).index(case.family)
+        [*_BERT, *_ENCODERS, *_DEBERTAS, *_MPNET, *_GPT2, *_LLAMA, *_TIED, *_OTHER_DECODERS],
+        key=lambda case: list(FAMILIES).index(case.family),
     )
 )
 assert len({case.id for case in CASES}) == len(CASES)

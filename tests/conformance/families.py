@@ -130,6 +130,11 @@ FAMILIES: dict[str, Family] = {
         "DebertaV2Model", {**_DEBERTA, "conv_kernel_size": 3, "conv_act": "gelu"}, ("query_proj", "value_proj"),
         (*_DEBERTA_LINEARS, "pos_key_proj", "pos_query_proj"), "word_embeddings", packed=False,
     ),
+    "mpnet": Family(
+        "MPNetModel", {**_ENCODER, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}, ("attn.q", "attn.v"),
+        ("attn.q", "attn.k", "attn.v", "attn.o", "intermediate.dense", "output.dense"), "word_embeddings",
+        padded_second, packed=False,
+    ),
     "modernbert": Family(
         "ModernBertForMaskedLM",
         {**_ENCODER, "local_attention": 8, "global_attn_every_n_layers": 2, "num_attention_heads": 3,
@@ -149,6 +154,28 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family(
         "Qwen2ForCausalLM", {**_DECODER, "tie_word_embeddings": True}, ("q_proj", "v_proj"),
         _LLAMA_LINEARS, "embed_tokens", byte_pairs, is_decoder=True,
+    ),
+    "qwen3": Family(  # norms of its own on queries and keys
+        "Qwen3ForCausalLM", {**_DECODER, "tie_word_embeddings": False}, ("q_proj", "v_proj"), _LLAMA_LINEARS,
+        "embed_tokens", byte_pairs, is_decoder=True,
+    ),
+    "mistral": Family(
+        "MistralForCausalLM", {**_DECODER, "tie_word_embeddings": False, "sliding_window": 6}, ("q_proj", "v_proj"),
+        _LLAMA_LINEARS, "embed_tokens", byte_pairs, is_decoder=True,
+    ),
+    "gpt-neox": Family(
+        "GPTNeoXForCausalLM",
+        {**_ENCODER, "tie_word_embeddings": False, "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0},
+        ("query_key_value",), ("query_key_value", "attention.dense", "dense_h_to_4h", "dense_4h_to_h"), "embed_in",
+        byte_pairs, is_decoder=True,
+    ),
+    "gpt-neo": Family(  # its attention is its own
+        "GPTNeoForCausalLM",
+        {"hidden_size": 36, "num_layers": 2, "num_heads": 3, "intermediate_size": 52, "window_size": 6,
+         "max_position_embeddings": 96, "attention_types": [[["global", "local"], 1]], "pad_token_id": None,
+         "bos_token_id": 0, "eos_token_id": 0},
+        ("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "out_proj", "c_fc", "c_proj"), "wte", byte_pairs,
+        is_decoder=True, packed=False,
     ),
     "gemma3": Family(
         "Gemma3ForCausalLM",
