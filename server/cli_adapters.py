@@ -41,8 +41,9 @@ def inspect(
 ) -> None:
     """Say what a PEFT folder is, and whether it would be served; no server is needed.
 
-    Without --base only the folder itself is checked: whether it fits a base is then not known. The exit code is 0
-    when it is loadable, 1 when it is not, 2 when the command itself is wrong.
+    Without --base only the folder itself is checked: whether it fits a base is then not known.
+
+    Exit code 0: loadable. 1: not loadable. 2: the command itself is wrong.
     """
     spec = None if base is None else _load_base(base)
     from lora_runtime.adapters.inspect import inspect_adapter  # seconds of torch, for this command alone

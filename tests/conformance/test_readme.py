@@ -21,9 +21,9 @@ def test_every_figure_comes_from_a_committed_result() -> None:
 def test_every_command_named_exists() -> None:
     group = get_command(app)
     named = set(re.findall(r"multilora (\w+)", README)) - {"encoder"}
-    for name in named & {"serve", "train", "demo", "bench"}:
+    for name in named & {"serve", "train", "demo", "bench", "adapters"}:
         assert group.get_command(None, name) is not None  # pyright: ignore
-    assert {"serve", "train", "demo", "bench"} <= named
+    assert {"serve", "train", "demo", "bench", "adapters"} <= named
 
 
 def test_every_flag_named_exists() -> None:
