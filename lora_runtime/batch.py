@@ -203,10 +203,17 @@ class Step:
         return self._owners[key]
 
     def sequences(self, rows_per_sequence: int) -> Owners:
-        """Of [N, ...] in the head stage, or of their [N * rows_per_sequence] rows for LoRA."""
+        """Of [N, ...] in the head stage, or of their [N * rows_per_sequence] rows for LoRA.
+
+        An aLoRA answers from the last token, where it is active if it is anywhere.
+        """
         key = "sequences", rows_per_sequence
         if key not in self._owners:
-            parts = [(row.resident, rows_per_sequence, 0) for row in self.batch.rows]
+            never = (_inactive(row) == row.sequence.num_tokens for row in self.batch.rows)
+            parts = [
+                (row.resident, rows_per_sequence, rows_per_sequence * inactive)
+                for row, inactive in zip(self.batch.rows, never, strict=True)
+            ]
             self._owners[key] = Owners(self._slots, parts, leading=1)
         return self._owners[key]
 

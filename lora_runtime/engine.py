@@ -30,7 +30,6 @@ from lora_runtime.errors import (
     InvalidRequest,
     MultiloraError,
     RequestCancelled,
-    TaskMismatch,
 )
 from lora_runtime.futures import settle
 from lora_runtime.heads import output_of
@@ -51,6 +50,7 @@ from lora_runtime.types import (
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+_Outcome = torch.Tensor | MultiloraError  # of one sequence of a batch
 
 _SWEEP_S = 0.05  # how late a deadline may be noticed while the request waits for its adapter
 _IDLE_WAIT_S = 0.05
@@ -209,8 +209,8 @@ class Engine:
         self._idle = not planned.work
         if planned.work:
             started = time.monotonic()
-            outcome = self._run(planned)
-            self._complete(planned, outcome, time.monotonic() - started)
+            outcomes = self._run(planned)
+            self._complete(planned, outcomes, time.monotonic() - started)
 
     def _schedule(self) -> _Planned:
         """The next batch, rows of one adapter adjacent, adapters by length so that equal lengths meet."""
@@ -227,39 +227,52 @@ class Engine:
         residents = {adapter: self._residency.acquire(adapter) for adapter in of_adapter}
         return _Planned([item for items in ordered for item in items], residents)
 
-    def _run(self, planned: _Planned) -> list[torch.Tensor] | MultiloraError:
+    def _run(self, planned: _Planned) -> list[_Outcome]:
+        """What each sequence of the batch gets. Of a batch that fails, each request is run again by itself.
+
+        So a request that cannot be run, by its tokens or by its adapter, takes nobody along.
+        """
         rows: list[Row] = []
-        for item in planned.work:
+        of_ticket: dict[Ticket, list[int]] = {}
+        for place, item in enumerate(planned.work):
             request = item.ticket.request
             resident = planned.residents[request.adapter]
             rows.append(Row(request.sequences[item.index], resident, request.task, request.pooling))
+            of_ticket.setdefault(item.ticket, []).append(place)
+        outcomes = self._run_rows(rows)
+        if len(of_ticket) > 1 and isinstance(outcomes[0], MultiloraError):
+            for places in of_ticket.values():
+                for place, outcome in zip(places, self._run_rows([rows[i] for i in places]), strict=True):
+                    outcomes[place] = outcome
+        return outcomes
+
+    def _run_rows(self, rows: list[Row]) -> list[_Outcome]:
         try:
-            return self._runner.run(rows)
+            return [*self._runner.run(rows)]
         except Exception as error:
             logger.exception("a batch of %d sequences failed", len(rows))
-            return MultiloraError(f"the forward pass failed: {type(error).__name__}")
+            return [MultiloraError(f"the forward pass failed: {type(error).__name__}")] * len(rows)
 
-    def _complete(self, planned: _Planned, outcome: list[torch.Tensor] | MultiloraError, forward_s: float) -> None:
+    def _complete(self, planned: _Planned, outcomes: list[_Outcome], forward_s: float) -> None:
         for adapter in planned.residents:
             self._residency.release(adapter)
         now = time.monotonic()
-        if isinstance(outcome, MultiloraError):
-            for ticket in {item.ticket: None for item in planned.work}:
-                self._fail(ticket, outcome)
-            return
-        for item, answer in zip(planned.work, outcome, strict=True):
+        for item, outcome in zip(planned.work, outcomes, strict=True):
             resident = planned.residents[item.ticket.adapter]
             request = item.ticket.request
-            if torch.isfinite(answer).all():
-                item.ticket.outputs[item.index] = output_of(request.task, answer, resident.card)
+            if isinstance(outcome, MultiloraError):
+                self._fail(item.ticket, outcome)
+            elif torch.isfinite(outcome).all():
+                item.ticket.outputs[item.index] = output_of(request.task, outcome, resident.card)
             else:
                 self._fail(item.ticket, AnswerNotFinite(str(request.adapter), request.input_index(item.index)))
         for ticket in {item.ticket: None for item in planned.work}:
             if len(ticket.outputs) == len(ticket.request.sequences) and not ticket.done:
                 self._answer(ticket, planned.residents[ticket.adapter], now)
-        tokens = sum(item.num_tokens for item in planned.work)
-        adapters = sum(not adapter.is_base for adapter in planned.residents)
-        self._observers.on_batch(BatchStats(len(planned.work), tokens, adapters, forward_s))
+        if any(isinstance(outcome, torch.Tensor) for outcome in outcomes):
+            tokens = sum(item.num_tokens for item in planned.work)
+            adapters = sum(not adapter.is_base for adapter in planned.residents)
+            self._observers.on_batch(BatchStats(len(planned.work), tokens, adapters, forward_s))
 
     def _answer(self, ticket: Ticket, resident: Resident, now: float) -> None:
         assert ticket.started_at is not None
@@ -304,12 +317,14 @@ class Engine:
     def _check(self, request: Request) -> None:
         if not request.sequences:
             raise InvalidRequest("sequences", "is empty; a request has at least one")
+        num_ids = self.catalogue.get(request.adapter).card_for(request.task).num_token_ids
         for index, sequence in enumerate(request.sequences):
+            field = f"inputs[{request.input_index(index)}].text"
             if not sequence.num_tokens:
-                raise InvalidRequest(f"inputs[{request.input_index(index)}].text", "has no tokens")
-        card = self.catalogue.get(request.adapter).card
-        if card is not None and card.task is not request.task:
-            raise TaskMismatch(str(request.adapter), request.task, card.task)
+                raise InvalidRequest(field, "has no tokens")
+            if num_ids is not None and max(sequence.input_ids) >= num_ids:  # the batch would fail, for all in it
+                message = f"has the token id {max(sequence.input_ids)}, the embedding {num_ids} rows"
+                raise InvalidRequest(field, f"{message}; leave out the text that the tokenizer added a token for")
         if self._scheduler.find(request.request_id) is not None:
             raise InvalidRequest("request_id", f"{request.request_id[:140]!r} is in flight; give each request its own")
 

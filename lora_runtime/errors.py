@@ -123,7 +123,10 @@ class TaskMismatch(MultiloraError):
 
     def __init__(self, adapter: str, asked: str, answers: str) -> None:
         super().__init__(
-            f"adapter {adapter} answers {answers}, not {asked}", adapter=adapter, asked=asked, answers=answers
+            f"adapter {adapter} is made to {answers}, not to {asked}; ask it for what it is made to do",
+            adapter=adapter,
+            asked=asked,
+            answers=answers,
         )
 
 

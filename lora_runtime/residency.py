@@ -221,20 +221,21 @@ class Residency:
 
     def _start_load(self, record: _Record) -> None:
         record.load_started_at = time.monotonic()
-        self._move(record, AdapterState.FETCHING, failure=None)
+        # without a card nobody can be served: until its JSON files are read again, why not is still the answer
+        failure = record.info.failure if record.info.card is None else None
+        self._move(record, AdapterState.FETCHING, failure=failure)
         self._loader.fetch(record.info.id, record.info.path)
 
     def _fetched(self, message: Fetched) -> None:
         record = self._records[message.adapter]
-        known = record.info.digest
-        assert record.info.card is not None
-        other_task = record.info.card.task is not message.checkpoint.card.task
+        known, card = record.info.digest, record.info.card
+        other_task = card is not None and card.task is not message.checkpoint.card.task
         if other_task or (known is not None and known != message.checkpoint.digest):
             changed = "its files changed since it was registered; a version is immutable, register a new one"
             self._fail(record, AdapterRejected("CHANGED", str(record.info.id), changed))
             return
         record.fetched = message
-        self._move(record, AdapterState.HOST)
+        self._move(record, AdapterState.HOST, card=message.checkpoint.card, failure=None)
         self._waiting_for_room.append(message.adapter)  # room is made after the step: what is READY gets its batch
 
     def _give_room(self, waiting: list[AdapterId]) -> list[AdapterId]:
@@ -293,7 +294,6 @@ class Residency:
         self._move(
             record,
             AdapterState.READY,
-            card=checkpoint.card,
             digest=checkpoint.digest,
             resident_bytes=record.run.length * self._arena.buffer.itemsize,
             num_parameters=checkpoint.num_parameters,
@@ -342,7 +342,13 @@ def _distinct_ranks(layout: ImageLayout) -> tuple[int, ...]:
 def _base_card(base: BaseSpec) -> AdapterCard:
     """The base answers what needs no adapter's head."""
     pooling = Pooling.LAST if base.is_decoder else Pooling.MEAN
-    return replace(BASE_CARD, pad_token_id=base.pad_token_id, base_model_name=base.name, pooling=pooling)
+    return replace(
+        BASE_CARD,
+        pad_token_id=base.pad_token_id,
+        base_model_name=base.name,
+        pooling=pooling,
+        num_token_ids=base.num_token_ids,
+    )
 
 
 def _base_info(base: BaseSpec, resident: Resident) -> AdapterInfo:

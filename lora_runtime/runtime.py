@@ -17,7 +17,7 @@ from lora_runtime.answers.token_classes import SubwordStrategy, TokenLabel, Toke
 from lora_runtime.answers.vectors import unit_length
 from lora_runtime.arena import RankArena, SlotTable
 from lora_runtime.engine import Engine, EngineSettings
-from lora_runtime.errors import BaseModelUnsupported, InvalidRequest, TaskMismatch
+from lora_runtime.errors import BaseModelUnsupported, InvalidRequest
 from lora_runtime.kernels.grouped_lora.cpu import CpuGroupedLora
 from lora_runtime.model.encoder_text import TextEncoder
 from lora_runtime.model.encoders import Encoders
@@ -208,11 +208,8 @@ class Runtime:
     def _resolve(self, adapter: str, task: Task) -> tuple[AdapterInfo, TextEncoder, int | None]:
         """The adapter, its encoder, and its own limit of tokens."""
         info = self.engine.catalogue.resolve(AdapterRef.parse(adapter))
-        if info.card is None:
-            return info, self.encoder, None  # its JSON files were refused; asking for it says why
-        if info.card.task is not task:
-            raise TaskMismatch(str(info.id), task, info.card.task)
-        return info, self.encoder_for(info), info.card.max_length
+        card = info.card_for(task)
+        return info, self.encoder_for(info), card.max_length
 
     def _ask(
         self,

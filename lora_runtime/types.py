@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from lora_runtime.errors import InvalidRequest, MultiloraError
+from lora_runtime.errors import AdapterFailed, InvalidRequest, MultiloraError, TaskMismatch
 
 DEFAULT_TENANT = "default"
 BASE_NAME = "base"  # reserved: the base model without an adapter
@@ -164,7 +164,8 @@ class AdapterCard:
     normalize: bool = False  # whether an EMBED adapter's vectors are divided by their length
     invocation_tokens: tuple[int, ...] | None = None  # aLoRA: active from the start of their last occurrence
     token_types: bool = True  # False: the second text of a pair has type 0 too, as in the adapter's training
-    tokenizer_sha256: str | None = None  # of the folder's own tokenizer.json; None: texts are tokenised as the base's
+    tokenizer_sha256: str | None = None  # over the files of the folder's own tokenizer; None: the base's is used
+    num_token_ids: int | None = None  # rows of the embedding that it uses; None: not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +182,18 @@ class AdapterInfo:
     num_parameters: int = 0
     ranks: tuple[int, ...] = ()  # distinct, ascending
     load_seconds: float | None = None
+
+    def card_for(self, task: Task) -> AdapterCard:
+        """The card of an adapter that is asked for `task`.
+
+        Raises AdapterFailed where its JSON files were refused, TaskMismatch where it answers another task.
+        """
+        if self.card is None:
+            assert self.failure is not None, f"{self.id} has neither a card nor a failure"
+            raise AdapterFailed(str(self.id), self.failure)
+        if self.card.task is not task:
+            raise TaskMismatch(str(self.id), task, self.card.task)
+        return self.card
 
 
 @dataclass(frozen=True, slots=True)

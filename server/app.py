@@ -162,6 +162,7 @@ class App:
                 self._tokenizers,
                 self._metrics,
                 max_inputs=self._settings.max_inputs,
+                max_input_chars=self._settings.max_input_chars,
             ),
             server,
         )

@@ -87,6 +87,7 @@ def serve(
     token_budget: Annotated[int | None, _flag("token_budget")] = None,
     max_batch_sequences: Annotated[int | None, _flag("max_batch_sequences")] = None,
     max_inputs: Annotated[int | None, _flag("max_inputs")] = None,
+    max_input_chars: Annotated[int | None, _flag("max_input_chars")] = None,
     max_queued_sequences: Annotated[int | None, _flag("max_queued_sequences")] = None,
     max_message_mib: Annotated[int | None, _flag("max_message_mib")] = None,
     grace: Annotated[float | None, _flag("grace")] = None,

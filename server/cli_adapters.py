@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # brings torch
 
 adapters_app = typer.Typer(help="Examine adapter folders.", no_args_is_help=True, add_completion=False)
 
+_LAYER = r"(?<=\.)\d+(?=\.)"  # its number in a module path
 _MAX_LABELS = 12
 _MAX_PROBLEMS = 12
 _MIN_WIDTH = 110  # module paths are long: a pipe or a narrow terminal wraps them, and loses nothing
@@ -79,18 +80,42 @@ def _print(console: Console, report: Inspection) -> None:
         console.print(f"  {'head':<11} {escape(head)}", highlight=False, soft_wrap=True)
     for warning in report.warnings:
         console.print(f"  [yellow]warning[/]     {escape(warning)}", highlight=False, soft_wrap=True)
-    for problem in report.problems[:_MAX_PROBLEMS]:
-        text = f"{problem.code}: {escape(problem.message)}"
-        console.print(f"  [red]problem[/]     {text}", highlight=False, soft_wrap=True)
-    if (more := len(report.problems) - _MAX_PROBLEMS) > 0:
-        console.print(f"  [red]and {more} more[/]; --json lists them all", highlight=False, soft_wrap=True)
+    for text in _problems(report):
+        console.print(f"  [red]problem[/]     {escape(text)}", highlight=False, soft_wrap=True)
     console.print(_verdict(report), highlight=False, soft_wrap=True)
 
 
+def _problems(report: Inspection) -> list[str]:
+    """A line a problem; those that differ by the layer alone share one."""
+    kinds: dict[str, int] = {}
+    for problem in report.problems:
+        text = f"{problem.code}: {re.sub(_LAYER, '*', problem.message)}"
+        kinds[text] = kinds.get(text, 0) + 1
+    lines = [text if count == 1 else f"{text} (in {count} layers)" for text, count in kinds.items()]
+    more = len(lines) - _MAX_PROBLEMS
+    return lines if more <= 0 else [*lines[:_MAX_PROBLEMS], f"and {more} more kinds; --json lists all"]
+
+
 def _facts(report: Inspection) -> list[tuple[str, str]]:
-    facts = [("variant", ", ".join(report.variants) or "plain LoRA")] if report.modules else []
-    task = report.task or "not known without a base"
-    facts.append(("task", f"{task} (task_type {report.task_type or 'not given'})"))
+    """What is known of the folder, and nothing that is not."""
+    facts = _task_facts(report)
+    if report.base_model_name:
+        facts.append(("trained on", report.base_model_name))
+    if report.num_parameters:
+        facts.append(("size", f"{report.num_parameters:,} parameters, {report.num_bytes / 2**20:.2f} MiB in float32"))
+    if report.ignored:
+        facts.append(("ignored", f"{len(report.ignored)} tensors that change no answer, such as {report.ignored[0]}"))
+    if report.digest:
+        facts.append(("digest", report.digest))
+    return facts
+
+
+def _task_facts(report: Inspection) -> list[tuple[str, str]]:
+    facts: list[tuple[str, str]] = []
+    if report.modules:
+        facts.append(("variant", ", ".join(("LoRA", *report.variants))))
+    if report.task or report.task_type:
+        facts.append(("task", f"{report.task or 'not known'} (task_type {report.task_type or 'not given'})"))
     if report.labels:
         more = len(report.labels) - _MAX_LABELS
         shown = ", ".join(report.labels[:_MAX_LABELS]) + (f", and {more} more" if more > 0 else "")
@@ -101,12 +126,6 @@ def _facts(report: Inspection) -> list[tuple[str, str]]:
         facts.append(("max length", f"{report.max_length} tokens"))
     if report.own_tokenizer:
         facts.append(("tokenizer", "its own"))
-    facts.append(("trained on", report.base_model_name or "not said"))
-    facts.append(("size", f"{report.num_parameters:,} parameters, {report.num_bytes / 2**20:.2f} MiB once loaded"))
-    if report.ignored:
-        facts.append(("ignored", f"{len(report.ignored)} tensors that change no answer, such as {report.ignored[0]}"))
-    if report.digest:
-        facts.append(("digest", report.digest))
     return facts
 
 
@@ -118,7 +137,7 @@ def _modules_table(modules: Sequence[ModuleReport]) -> Table:
         table.add_column(heading, justify="right" if is_number else "left", no_wrap=heading != "changes")
     kinds: dict[tuple[str, int | None, float | None, tuple[str, ...]], int] = {}
     for module in modules:
-        name = re.sub(r"(?<=\.)\d+(?=\.)", "*", module.name)
+        name = re.sub(_LAYER, "*", module.name)
         kind = name, module.rank, module.scaling, module.changes
         kinds[kind] = kinds.get(kind, 0) + 1
     for (name, rank, scaling, changes), count in kinds.items():

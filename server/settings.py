@@ -42,6 +42,9 @@ class ServeSettings(BaseModel):
     token_budget: _Count = Field(2048, description="Most tokens in one batch.")
     max_batch_sequences: _Count = Field(256, description="Most sequences in one batch.")
     max_inputs: _Count = Field(256, description="Most inputs in one request.")
+    max_input_chars: _Count = Field(
+        262_144, description="Most characters of one text, question or context; more is refused before it is tokenised."
+    )
     max_queued_sequences: _Count = Field(
         4096, description="Most sequences inside the server; more is refused at once with RESOURCE_EXHAUSTED."
     )

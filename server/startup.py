@@ -68,16 +68,17 @@ def register_folder(engine: Engine, root: Path) -> None:
         pending.append((folder, engine.register(adapter, folder, keep_failed=True)))
     for folder, future in pending:
         try:
-            failure = future.result().failure
+            future.result()  # one that is kept as refused has been logged by the engine
         except MultiloraError as error:
-            failure = error
-        if failure is not None:
-            _log.warning("adapter %s is refused: %s", folder.name, failure.message)
+            _log.warning("adapter %s is refused: %s", folder.name, error.message)
 
 
 def _is_adapter(folder: Path) -> bool:
     try:
-        return (folder / CONFIG_FILE).is_file()
+        if (folder / CONFIG_FILE).is_file():
+            return True
+        # PEFT saves an adapter that has a name in a sub-folder of that name
+        return folder.is_dir() and any((child / CONFIG_FILE).is_file() for child in folder.iterdir())
     except OSError as error:  # a folder of somebody else, such as lost+found at the root of a volume
         _log.warning("folder %s is skipped: %s", folder.name, error.strerror)
         return False

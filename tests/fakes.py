@@ -45,6 +45,7 @@ class FakeRunner:
     def __init__(self, seconds_per_batch: float = 0.0) -> None:
         self.batches: list[list[Row]] = []
         self.fail_next: Exception | None = None
+        self.cannot_run = 0  # a batch with a sequence of so many tokens fails
         self.scale = 1.0  # of every answer
         self.gate = threading.Event()  # cleared: batches wait
         self.gate.set()
@@ -57,4 +58,6 @@ class FakeRunner:
         if self.fail_next is not None:
             error, self.fail_next = self.fail_next, None
             raise error
+        if any(row.sequence.num_tokens == self.cannot_run for row in rows):
+            raise IndexError("index out of range in self")
         return [self.scale * (row.params["classifier.bias"] + row.sequence.num_tokens) for row in rows]

@@ -79,6 +79,12 @@ class BaseSpec:
     shared_modules: frozenset[str] = frozenset()  # run once for all sequences of a batch (relative positions)
     unserved: Mapping[Task, str] = field(default_factory=dict[Task, str])  # tasks without a head, and why
 
+    @property
+    def num_token_ids(self) -> int | None:
+        """Rows of the word embedding, None where it is not known which module that is."""
+        leaf = self.leaves.get(self.word_embedding)
+        return None if leaf is None else leaf.shapes["weight"][0]
+
     def site(self, name: str) -> Site | None:
         return next((site for site in self.sites if site.name == name), None)
 

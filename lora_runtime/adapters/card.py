@@ -69,6 +69,11 @@ class CardFiles:
         is_path = name is not None and (name.startswith(("/", "~", ".")) or "\\" in name)
         return PureWindowsPath(name).name if name and is_path else name
 
+    @property
+    def labels_are_placeholders(self) -> bool:
+        """Whether no file names the labels of a classifier."""
+        return self.metadata is None and not self._model_config().id2label
+
     def task(self, base: BaseSpec, params: Iterable[str]) -> Task:
         """What the adapter answers; `params` are names of parameters saved whole.
 
@@ -78,7 +83,7 @@ class CardFiles:
         if task not in base.heads:
             served, why = ", ".join(sorted(base.heads)), base.unserved.get(task)
             reason = f" ({why})" if why else ""
-            message = f"the adapter is made to {task}, which the base {base.name} is not{reason}, but to {served}"
+            message = f"the adapter is made to {task}, but {base.name} is served only to {served}{reason}"
             raise AdapterRejected("TASK_UNSUPPORTED", self._task_source, message)
         if self.config.alora_invocation_tokens and task is not Task.GENERATE:
             raise AdapterRejected(
@@ -173,7 +178,7 @@ class CardFiles:
         if labels is None:
             labels = tuple(f"LABEL_{i}" for i in range(num_labels))
         if len(labels) != num_labels:
-            message = f"has {num_labels} rows, but {len(labels)} labels are named"
+            message = f"has {num_labels} rows, but {len(labels)} labels are named; name one for each row"
             raise AdapterRejected("LABELS_MISMATCH", f"{WEIGHTS_FILE} tensor {output}", message)
         return replace(card, labels=labels, problem_type=problem)
 

@@ -17,7 +17,7 @@ from lora_runtime.adapters.base_spec import BaseSpec
 from lora_runtime.adapters.extras import ModuleExtras, make_extras
 from lora_runtime.adapters.findings import Findings
 from lora_runtime.adapters.folder import AdapterFolder
-from lora_runtime.adapters.header import Array, TensorRef, read_tensor, rounded_to
+from lora_runtime.adapters.header import Array, TensorRef, header_of, read_tensor, rounded_to
 from lora_runtime.adapters.keys import Part
 from lora_runtime.adapters.low_rank import LowRank, dense, scaled_by, undo_kasa, undo_olora, undo_pissa
 from lora_runtime.adapters.metadata import METADATA_FILE, AdapterMetadata
@@ -71,6 +71,7 @@ def read_checkpoint(folder: Path, base: BaseSpec, max_bytes: int) -> Checkpoint:
     assert plan is not None and plan.card is not None
     _check_size(plan, max(plan.num_bytes, plan.num_stored_bytes // _MAX_STORED_RATIO), max_bytes)
     files = {name: plan.folder.read_weights(name) for name in plan.folder.weights}
+    _check_planned(plan, files)
     _check_digests(plan.metadata, plan.folder)
     reader = _Reader(plan, base, files)
     params = {name: reader.read(ref) for name, ref in plan.head.items()}
@@ -92,6 +93,13 @@ def _check_size(plan: AdapterPlan, num_bytes: int, max_bytes: int) -> None:
     if num_bytes > max_bytes:
         message = f"needs {num_bytes} bytes of the arena, which has {max_bytes}; give it more"
         raise AdapterRejected("TOO_LARGE", ", ".join(plan.folder.weights), message)
+
+
+def _check_planned(plan: AdapterPlan, files: dict[str, bytearray]) -> None:
+    """Raise AdapterRejected unless the tensors lie where the plan, made from an earlier look, says."""
+    for name, data in files.items():
+        if set(header_of(data, name).values()) != {ref for ref in plan.tensors if ref.file == name}:
+            raise AdapterRejected("WEIGHTS_CORRUPT", name, "changed while it was read; load it again")
 
 
 def _check_digests(metadata: AdapterMetadata | None, folder: AdapterFolder) -> None:

@@ -102,7 +102,8 @@ class AdapterFolder:
 def open_folder(folder: Path) -> AdapterFolder:
     """Raises AdapterRejected unless the folder has safetensors weights, and the files it needs lie inside it."""
     if not folder.is_dir():
-        raise AdapterRejected("FOLDER_MISSING", folder.name, "is not a folder")
+        fault = "is a file, not a folder" if folder.exists() else "is not a folder: there is none of that name"
+        raise AdapterRejected("FOLDER_MISSING", folder.name or str(folder), fault)
     home = _home(folder)
     opened = AdapterFolder(folder, home, (), None)
     for name in (CONFIG_FILE, METADATA_FILE, BASE_CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE):
@@ -114,7 +115,7 @@ def open_folder(folder: Path) -> AdapterFolder:
     if pickle := next(home.glob(PICKLE_FILES), None):
         message = f"is a pickle, which can run code and is never read; save {WEIGHTS_FILE} instead"
         raise AdapterRejected("PICKLE", pickle.name, message)
-    raise AdapterRejected("WEIGHTS_MISSING", WEIGHTS_FILE, "is not in the folder")
+    raise AdapterRejected("WEIGHTS_MISSING", WEIGHTS_FILE, "is not in the folder; save the adapter with PEFT")
 
 
 def _home(folder: Path) -> Path:

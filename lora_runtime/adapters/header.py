@@ -50,13 +50,28 @@ def read_header(path: Path) -> dict[str, TensorRef]:
     """The tensors of a safetensors file, by key; raises AdapterRejected unless they are floating and fill the file."""
     file_bytes = path.stat().st_size
     with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if file_bytes < 8 or length > min(file_bytes - 8, MAX_HEADER_BYTES):
-            message = f"is cut short or has a header of {length} bytes (limit {MAX_HEADER_BYTES})"
-            raise AdapterRejected("WEIGHTS_CORRUPT", path.name, message)
-        header = _parse(stream.read(length), path.name)
-    start = 8 + length
-    tensors = {key: _tensor_ref(path.name, key, entry, start) for key, entry in header.items() if key != "__metadata__"}
+        length = _header_length(stream.read(8), file_bytes, path.name)
+        return _tensor_refs(stream.read(length), file_bytes, path.name)
+
+
+def header_of(data: bytes | bytearray, file: str) -> dict[str, TensorRef]:
+    """As `read_header`, of a whole file in memory."""
+    length = _header_length(data[:8], len(data), file)
+    return _tensor_refs(data[8 : 8 + length], len(data), file)
+
+
+def _header_length(first: bytes | bytearray, file_bytes: int, file: str) -> int:
+    length = int.from_bytes(first, "little")
+    if file_bytes < 8 or length > min(file_bytes - 8, MAX_HEADER_BYTES):
+        message = f"is cut short or has a header of {length} bytes (limit {MAX_HEADER_BYTES}); copy it again"
+        raise AdapterRejected("WEIGHTS_CORRUPT", file, message)
+    return length
+
+
+def _tensor_refs(header: bytes | bytearray, file_bytes: int, file: str) -> dict[str, TensorRef]:
+    start = 8 + len(header)
+    entries = _parse(header, file).items()
+    tensors = {key: _tensor_ref(file, key, entry, start) for key, entry in entries if key != "__metadata__"}
     cursor = start
     for ref in sorted(tensors.values(), key=lambda ref: (ref.start, ref.end)):
         if ref.start != cursor:
@@ -64,11 +79,11 @@ def read_header(path: Path) -> dict[str, TensorRef]:
         cursor = ref.end
     if cursor != file_bytes:
         message = f"has {file_bytes} bytes, its header speaks of {cursor}; copy it again"
-        raise AdapterRejected("WEIGHTS_CORRUPT", path.name, message)
+        raise AdapterRejected("WEIGHTS_CORRUPT", file, message)
     return tensors
 
 
-def _parse(data: bytes, file: str) -> dict[str, Any]:
+def _parse(data: bytes | bytearray, file: str) -> dict[str, Any]:
     def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen = dict(pairs)
         if len(seen) != len(pairs):
@@ -119,7 +134,9 @@ def read_tensor(ref: TensorRef, data: bytes | bytearray) -> Array:
         with np.errstate(over="ignore"):  # an overflow becomes infinite, which is refused
             array = stored.astype(np.float32, copy=not stored.flags.aligned)
     if not np.isfinite(array).all():
-        ref.refuse("NOT_FINITE", "has a NaN, an infinite value, or one beyond the range of float32")
+        ref.refuse(
+            "NOT_FINITE", "has a NaN, an infinite value, or one beyond the range of float32; its training diverged"
+        )
     return array
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 from lora_runtime.adapters.base_spec import BaseSpec
 from lora_runtime.adapters.card import CardFiles
 from lora_runtime.adapters.checkpoint import read_checkpoint
+from lora_runtime.adapters.config import CONFIG_FILE
 from lora_runtime.adapters.findings import Findings
 from lora_runtime.adapters.header import read_tensor
+from lora_runtime.adapters.metadata import MAX_JSON_BYTES
 from lora_runtime.adapters.plan import AdapterPlan, ModulePlan, plan_adapter
 from lora_runtime.errors import AdapterRejected
 
@@ -115,11 +118,12 @@ def _read_values(folder: Path, base: BaseSpec | None, draft: _Draft) -> None:
 def _report(folder: Path, base: BaseSpec | None, draft: _Draft) -> Inspection:
     plan = draft.plan
     card = plan.card if plan else None
+    raw = {} if plan else _raw_config(folder)
     return Inspection(
-        folder=folder.name,
+        folder=folder.name or str(folder),
         base=base.name if base else None,
         task=plan.task.value if plan and plan.task else None,
-        task_type=plan.config.task_type if plan else None,
+        task_type=plan.config.task_type if plan else raw.get("task_type"),
         base_model_name=CardFiles(plan.folder, plan.config, plan.metadata).base_model_name if plan else None,
         variants=tuple(variant.name for variant in plan.variants) if plan else (),
         labels=card.labels if card else None,
@@ -131,11 +135,20 @@ def _report(folder: Path, base: BaseSpec | None, draft: _Draft) -> Inspection:
         head={name: ref.shape for name, ref in plan.head.items()} if plan else {},
         ignored=plan.ignored if plan else (),
         num_parameters=plan.num_parameters if plan else 0,
-        num_bytes=(plan.num_bytes if base else 4 * plan.num_parameters) if plan else 0,
+        num_bytes=(plan.num_bytes if base and not draft.problems else 4 * plan.num_parameters) if plan else 0,
         digest=draft.digest,
         problems=tuple(Problem(error.code, error.where, error.message) for error in draft.problems),
         warnings=tuple(draft.warnings),
     )
+
+
+def _raw_config(folder: Path) -> dict[str, Any]:
+    """Of a folder that is not understood, what its config says all the same; strings only."""
+    try:
+        content = json.loads((folder / CONFIG_FILE).read_bytes()[:MAX_JSON_BYTES])
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return {key: value for key, value in content.items() if isinstance(value, str)} if isinstance(content, dict) else {}
 
 
 def _module(module: ModulePlan) -> ModuleReport:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -165,10 +166,7 @@ class Planner:
         leaf = plan.leaf
         if leaf is None or leaf.kind is not kind or (kind is LeafKind.LINEAR and site is None):
             self._refuse_module(plan, kind)
-        for part, other in _PAIR.items():
-            if part in plan.parts and other not in plan.parts:
-                where = plan.parts[part].where.removesuffix(part.value) + other.value
-                raise AdapterRejected("MISSING_TENSOR", where, "is missing; its other half is there")
+        check_pair(plan.parts)
         if Part.A in plan.parts and Part.EMBED_A in plan.parts:
             plan.parts[Part.EMBED_A].refuse("UNEXPECTED_TENSOR", "adapts a module that lora_A adapts too")
         plan.rank = self.config.rank(plan.path)
@@ -180,7 +178,7 @@ class Planner:
         else:
             plan.site = site
             self._plan_variant(plan, leaf)
-        self._check_companions(plan)
+        check_companions(plan.parts, plan.path, self.config, kasa=KASA in self.variants)
 
     def _plan_variant(self, plan: ModulePlan, leaf: Leaf) -> None:
         if isinstance(self.config.use_bdlora, bool) or self.config.use_bdlora is None:
@@ -198,23 +196,6 @@ class Planner:
         if leaf.transposed:
             where = f"{CONFIG_FILE} field {variant.field}"
             raise AdapterRejected("VARIANT_CONFLICT", where, f"PEFT has no {variant.name} on a Conv1D ({plan.path})")
-
-    def _check_companions(self, plan: ModulePlan) -> None:
-        """Exactly the tensors that the config speaks of stand beside A and B."""
-        embedding = Part.EMBED_A in plan.parts
-        wanted = {Part.EMBED_A, Part.EMBED_B} if embedding else {Part.A, Part.B}
-        wanted |= {Part.MAGNITUDE} if self.config.use_dora else set()
-        wanted |= {Part.B_BIAS} if self.config.lora_bias else set()
-        wanted |= {Part.DIAGONAL} if KASA in self.variants else set()
-        for part, ref in plan.parts.items():
-            if part not in wanted:
-                message = f"is not expected beside LoRA; {CONFIG_FILE} has no {_ONLY_WITH.get(part, part.value)} for it"
-                ref.refuse("UNEXPECTED_TENSOR", message)
-        for part in sorted(wanted - plan.parts.keys()):
-            first = next(iter(plan.parts.values()))
-            where = f"{first.file} tensor {KEY_PREFIX}{plan.path}.{part.value}"
-            message = f"is missing; field {_ONLY_WITH[part]} of {CONFIG_FILE} promises it"
-            raise AdapterRejected("MISSING_TENSOR", where, message)
 
     def _plan_tokens(self, plan: ModulePlan) -> None:
         for part, ref in plan.parts.items():
@@ -289,7 +270,8 @@ class Planner:
         where = f"{ref.file} tensor {KEY_PREFIX}{plan.path}"
         if self.locator.knows(plan.name):
             raise AdapterRejected("SITE_UNSUPPORTED", where, f"adapts a module that is not a served {kind}")
-        raise AdapterRejected("FOREIGN_BASE", where, f"the base {self.base.name} has no such module")
+        message = f"the base {self.base.name} has no such module; serve the adapter on the base it was trained on"
+        raise AdapterRejected("FOREIGN_BASE", where, message)
 
     def _refuse_param(self, plan: ModulePlan, name: str, ref: TensorRef) -> NoReturn:
         full = f"{plan.name}.{name}" if plan.name else name
@@ -297,3 +279,28 @@ class Planner:
             ref.refuse("FEATURE_UNSUPPORTED", "replaces a parameter of the base that is not served per adapter")
         message = f"belongs neither to LoRA nor to the {self.head.task} head of {self.base.name}"
         ref.refuse("UNEXPECTED_TENSOR", message)
+
+
+def check_pair(parts: Mapping[Part, TensorRef]) -> None:
+    """Raise AdapterRejected for A without B, or B without A."""
+    for part, other in _PAIR.items():
+        if part in parts and other not in parts:
+            where = parts[part].where.removesuffix(part.value) + other.value
+            raise AdapterRejected("MISSING_TENSOR", where, "is missing; its other half is there")
+
+
+def check_companions(parts: Mapping[Part, TensorRef], path: str, config: LoraConfig, *, kasa: bool) -> None:
+    """Raise AdapterRejected unless exactly the tensors that the config speaks of stand beside A and B."""
+    wanted = {Part.EMBED_A, Part.EMBED_B} if Part.EMBED_A in parts else {Part.A, Part.B}
+    wanted |= {Part.MAGNITUDE} if config.use_dora else set()
+    wanted |= {Part.B_BIAS} if config.lora_bias else set()
+    wanted |= {Part.DIAGONAL} if kasa else set()
+    for part, ref in parts.items():
+        if part not in wanted:
+            message = f"is not expected beside LoRA; {CONFIG_FILE} has no {_ONLY_WITH.get(part, part.value)} for it"
+            ref.refuse("UNEXPECTED_TENSOR", message)
+    for part in sorted(wanted - parts.keys()):
+        first = next(iter(parts.values()))
+        where = f"{first.file} tensor {KEY_PREFIX}{path}.{part.value}"
+        message = f"is missing; field {_ONLY_WITH[part]} of {CONFIG_FILE} promises it"
+        raise AdapterRejected("MISSING_TENSOR", where, message)

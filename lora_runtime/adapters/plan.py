@@ -6,12 +6,13 @@ import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from lora_runtime.adapters.alone import check_alone
 from lora_runtime.adapters.base_spec import BaseSpec
 from lora_runtime.adapters.card import CardFiles, count_labels
 from lora_runtime.adapters.config import CONFIG_FILE, LoraConfig, parse_config
 from lora_runtime.adapters.findings import Findings
 from lora_runtime.adapters.fingerprint import describe_difference
-from lora_runtime.adapters.folder import WEIGHTS_FILE, AdapterFolder, open_folder, read_headers
+from lora_runtime.adapters.folder import BASE_CONFIG_FILE, WEIGHTS_FILE, AdapterFolder, open_folder, read_headers
 from lora_runtime.adapters.header import TensorRef
 from lora_runtime.adapters.keys import Locator, ModuleKeys, Part, SortedKeys, sort_keys
 from lora_runtime.adapters.metadata import METADATA_FILE, AdapterMetadata, parse_metadata
@@ -19,7 +20,7 @@ from lora_runtime.adapters.modules import ModulePlan, Planner
 from lora_runtime.adapters.promises import Promises
 from lora_runtime.adapters.targets import Targets
 from lora_runtime.adapters.tokenizer import own_tokenizer
-from lora_runtime.adapters.variants import Variant, check_method, check_variants
+from lora_runtime.adapters.variants import KASA, Variant, check_method, check_variants
 from lora_runtime.errors import AdapterRejected
 from lora_runtime.types import AdapterCard, Task
 
@@ -82,15 +83,19 @@ def plan_adapter(folder: Path, base: BaseSpec | None, findings: Findings) -> Ada
     with findings.attempt():
         content = plan.folder.read_object(METADATA_FILE)
         plan.metadata = None if content is None else parse_metadata(content)
-    tensors: dict[str, TensorRef] = {}
+    tensors: dict[str, TensorRef] | None = None
     with findings.attempt():
         tensors = read_headers(plan.folder)
+    if tensors is None:
+        return plan
     plan.tensors = tuple(tensors.values())
     keys = sort_keys(plan.tensors, findings)
     plan.ignored = keys.unused
     with findings.attempt():
         if base is None:
             _describe(plan, keys)
+            check_alone(plan.config, keys, plan.task, findings, kasa=KASA in plan.variants)
+            _check_adapts(plan, keys)
         else:
             _check_base(plan.metadata, base)
             _match(plan, keys, base, findings)
@@ -161,6 +166,11 @@ def _match(plan: AdapterPlan, keys: SortedKeys, base: BaseSpec, findings: Findin
     with findings.attempt():
         num_labels = count_labels(head, plan.head)
         plan.card = files.card(plan.task, base, num_labels)
+        if plan.card.labels and files.labels_are_placeholders:
+            findings.warn(
+                f"no file names its {len(plan.card.labels)} labels, which are LABEL_0 and so on; name them in "
+                f"{METADATA_FILE}, or in id2label of a {BASE_CONFIG_FILE} beside the adapter"
+            )
     with findings.attempt():
         _set_tokenizer(plan, base, plans.get(base.word_embedding))
 
@@ -182,11 +192,9 @@ def _check_adapts(plan: AdapterPlan, keys: SortedKeys) -> None:
 
 
 def _set_tokenizer(plan: AdapterPlan, base: BaseSpec, words: ModulePlan | None) -> None:
-    rows = base.fingerprint.vocab_size
+    rows = base.num_token_ids
     if words is not None:
         rows = max(words.table_rows, 1 + max(words.token_ids, default=-1))
-    elif leaf := base.leaves.get(base.word_embedding):
-        rows = leaf.shapes["weight"][0]
-    sha256 = own_tokenizer(plan.folder, base, rows)
-    if plan.card is not None and sha256 is not None:
-        plan.card = replace(plan.card, tokenizer_sha256=sha256)
+    sha256 = own_tokenizer(plan.folder, base, base.fingerprint.vocab_size if rows is None else rows)
+    if plan.card is not None:
+        plan.card = replace(plan.card, tokenizer_sha256=sha256, num_token_ids=rows)

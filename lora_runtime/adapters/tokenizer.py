@@ -7,12 +7,14 @@ import json
 from typing import Any
 
 from lora_runtime.adapters.base_spec import BaseSpec
+from lora_runtime.adapters.fingerprint import content_digest
 from lora_runtime.adapters.folder import AdapterFolder
 from lora_runtime.adapters.metadata import parse_json_object
 from lora_runtime.errors import AdapterRejected
 
 TOKENIZER_FILE = "tokenizer.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
+_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", ADDED_TOKENS_FILE)  # they too change what ids a text has
 MAX_TOKENIZER_BYTES = 128 << 20
 
 _MAX_FACTS = 1000
@@ -39,7 +41,7 @@ def _digest(tokenizer: dict[str, Any]) -> str:
 
 
 def own_tokenizer(folder: AdapterFolder, base: BaseSpec, num_rows: int) -> str | None:
-    """SHA-256 of the folder's tokenizer.json when it differs from the base's, else None.
+    """The identity of the folder's own tokenizer when its tokenizer.json differs from the base's, else None.
 
     `num_rows` are those of the embedding the adapter uses. Raises AdapterRejected when a token id has no row.
     """
@@ -52,8 +54,17 @@ def own_tokenizer(folder: AdapterFolder, base: BaseSpec, num_rows: int) -> str |
     if digest == base.tokenizer_digest:
         return None
     _check_rows(TOKENIZER_FILE, num_ids, num_rows)
-    folder.count(TOKENIZER_FILE, data)
-    return sha256
+    for name in (TOKENIZER_FILE, *_BESIDE):
+        if (content := folder.peek(name, MAX_TOKENIZER_BYTES)) is not None:
+            folder.count(name, content)
+    return tokenizer_identity(folder)
+
+
+def tokenizer_identity(folder: AdapterFolder) -> str:
+    """SHA-256 over all files that a folder's tokenizer is made from."""
+    found = ((name, folder.peek(name, MAX_TOKENIZER_BYTES)) for name in (TOKENIZER_FILE, *_BESIDE))
+    files = {name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in found if data is not None}
+    return content_digest(files)
 
 
 def _facts(sha256: str, data: bytes) -> tuple[str, int]:

@@ -59,7 +59,7 @@ def best_spans(
     """
     num_candidates = max(MIN_CANDIDATES, top_k)
     starts, ends, sums = _candidates(windows, logits, num_candidates, max_answer_tokens)
-    order = _distinct_best_first(starts, ends, sums)[:num_candidates]
+    order = _best_distinct(starts, ends, sums, num_candidates)
     found = [(int(starts[k]), int(ends[k]), float(sums[k]), False) for k in order]
     if allow_no_answer:
         null = _null_logit(windows, logits)
@@ -82,7 +82,11 @@ def _candidates(
     Where the best starts and ends of no window fit together (every start after every end), all of them are tried.
     """
     for limit in (num_candidates, max(len(window.offsets) for window in windows)):
-        parts = [_in_window(*pair, limit, max_answer_tokens) for pair in zip(windows, logits, strict=True)]
+        parts: list[tuple[Ints, Ints, Floats]] = []
+        for window, row in zip(windows, logits, strict=True):
+            spans = _in_window(window, row, limit, max_answer_tokens)
+            kept = _best_distinct(*spans, num_candidates)  # of all pairs there may be millions
+            parts.append((spans[0][kept], spans[1][kept], spans[2][kept]))
         starts, ends, sums = (np.concatenate(column) for column in zip(*parts, strict=True))
         if len(sums):
             break
@@ -96,7 +100,7 @@ def _in_window(window: Window, logits: SpanLogits, limit: int, max_answer_tokens
     start, end = np.array(logits.start, np.float64), np.array(logits.end, np.float64)  # [n]
     firsts = _best(start, is_context, limit)[:, None]
     lasts = _best(end, is_context & (places[:, 0] < places[:, 1]), limit)[None, :]
-    fits = (lasts >= firsts) & (lasts - firsts < max_answer_tokens)
+    fits = (lasts >= firsts) & (lasts < firsts + max_answer_tokens)
     first, last = (index[fits] for index in np.broadcast_arrays(firsts, lasts))
     return places[first, 0], places[last, 1], start[first] + end[last]
 
@@ -105,6 +109,18 @@ def _best(logits: Floats, allowed: np.ndarray[Any, np.dtype[np.bool_]], limit: i
     """Indices of the `limit` highest among the allowed, the earlier of equals first."""
     indices = np.flatnonzero(allowed)
     return indices[np.argsort(-logits[indices], kind="stable")[:limit]]
+
+
+def _best_distinct(starts: Ints, ends: Ints, sums: Floats, count: int) -> Ints:
+    """Indices of the `count` best spans, each once, the best first; no more are sorted than it takes."""
+    num_sorted = 4 * count
+    while True:
+        every = num_sorted >= len(sums)
+        near = np.arange(len(sums)) if every else np.flatnonzero(sums >= np.partition(sums, -num_sorted)[-num_sorted])
+        order = near[_distinct_best_first(starts[near], ends[near], sums[near])]
+        if every or len(order) >= count:
+            return order[:count]
+        num_sorted *= 8
 
 
 def _distinct_best_first(starts: Ints, ends: Ints, sums: Floats) -> Ints:

@@ -12,6 +12,8 @@ from lora_runtime.types import Pooling, Site, SiteGroup, Task
 class PooledHead:
     """Means, first or last tokens; `default` is the pooling of rows that name none."""
 
+    pads = False
+
     def __init__(self, default: Pooling) -> None:
         self.spec = HeadSpec(Task.EMBED, {}, frozenset(), frozenset(), output="")
         self._default = default

@@ -78,6 +78,11 @@ class TaskHead:
             if site.per_sequence and site.name in self._layers:
                 self._layers[site.name].set_site(site, groups[site.group])
 
+    @property
+    def pads(self) -> bool:
+        """Whether `run` pads every row to the longest, so that one long row among short ones would be dear."""
+        return not (self._first_token_only or self.spec.task is Task.GENERATE)
+
     def run(self, step: Step, hidden: torch.Tensor) -> list[torch.Tensor]:
         """hidden [T, d] of the step's batch → per row what its task asks for.
 

@@ -93,7 +93,7 @@ class PaddedBackbone:
     def hidden(self, rows: Sequence[Row], make_step: MakeStep) -> torch.Tensor:
         """[T, d]."""
         found: list[torch.Tensor] = [torch.empty(0)] * len(rows)
-        for chosen in _batches(rows):
+        for chosen in like_lengths(rows):
             batch = Batch.pack([rows[i] for i in chosen], padded=True)
             padded = _run(self.inputs.module, self._arguments(batch), make_step(batch))  # [N, L, d]
             for place, i in enumerate(chosen):
@@ -124,7 +124,7 @@ def _run(module: nn.Module, arguments: dict[str, Any], step: Step) -> torch.Tens
         current_step.reset(token)
 
 
-def _batches(rows: Sequence[Row]) -> list[list[int]]:
+def like_lengths(rows: Sequence[Row]) -> list[list[int]]:
     """Indices of rows, in batches of like length; in each, the rows of one adapter are adjacent."""
     of_owner: dict[int, list[int]] = {}
     place: dict[Resident, int] = {}

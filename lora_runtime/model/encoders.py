@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
+import errno
+import os
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future
@@ -11,17 +12,16 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from lora_runtime.adapters.folder import open_folder
-from lora_runtime.adapters.tokenizer import TOKENIZER_FILE
+from lora_runtime.adapters.tokenizer import TOKENIZER_FILE, tokenizer_identity
 from lora_runtime.errors import AdapterRejected
 from lora_runtime.model.encoder_text import TextEncoder
 from lora_runtime.types import AdapterInfo
 
-_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
 MAX_CACHED = 64  # encoders beside the base's; each costs its vocabulary once per thread that uses it
 
 
 class Encoders:
-    """The base's encoder, and those of adapters that brought a tokenizer, by that file's SHA-256.
+    """The base's encoder, and those of adapters that brought a tokenizer, by the identity of its files.
 
     Thread-safe. `for_adapter` may read files and then blocks, so it is no call for an event loop. A tokenizer that
     several threads ask for at once is loaded once; the ones used least recently go when there are too many.
@@ -66,16 +66,16 @@ class Encoders:
 
 def _read_encoder(folder: Path, digest: str, base: TextEncoder) -> TextEncoder:
     try:
-        opened = open_folder(folder)
-        # none of them may be a link out of the folder; it may be the sub-folder of a named adapter that holds them
-        paths = [opened.find(name) for name in (TOKENIZER_FILE, *_BESIDE)]
-        path = paths[0] or folder / TOKENIZER_FILE
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        opened = open_folder(folder)  # config.json is no link out of it, nor is any file of the tokenizer
+        path = opened.find(TOKENIZER_FILE)  # in the folder, or in the sub-folder of a named adapter
+        if path is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        found = tokenizer_identity(opened)
     except OSError as error:
         message = f"cannot be read ({error.strerror or type(error).__name__}); put it back or register the adapter anew"
         raise AdapterRejected("FILES_UNREADABLE", TOKENIZER_FILE, message) from error
     if found != digest:
-        message = f"has the SHA-256 {found}, it was registered with {digest}; register what changed as a new version"
+        message = "or a file beside it changed since the adapter was registered; register what changed as a new version"
         raise AdapterRejected("DIGEST_MISMATCH", TOKENIZER_FILE, message)
     try:
         # Code that a folder brings is not run; left at its default, the option would ask at the terminal.

@@ -35,7 +35,14 @@ from lora_runtime.heads.task_head import PROBE_LABELS
 from lora_runtime.model.base import Backbone, BaseModel, PackedBackbone
 from lora_runtime.model.inject import make_leaves, make_sites, shared_modules, wrap_leaves
 from lora_runtime.model.observe import PROBE_BATCH, PROBE_TOKENS, Observed, observe
-from lora_runtime.model.probe import SeparateOutputs, prove_backbone, prove_head, separate_outputs, takes
+from lora_runtime.model.probe import (
+    SeparateOutputs,
+    num_positions,
+    prove_backbone,
+    prove_head,
+    separate_outputs,
+    takes,
+)
 from lora_runtime.model.skeleton import AUTO_CLASSES, Skeleton, build_skeleton, has_class
 from lora_runtime.types import Pooling, Site, SiteGroup, Task
 
@@ -68,6 +75,16 @@ def load_base(name_or_path: str | Path) -> BaseModel:
     head is not exact is left out, with the reason in `BaseSpec.unserved`.
     """
     name = Path(name_or_path).resolve().name if Path(name_or_path).exists() else str(name_or_path)
+    try:
+        return _load(name_or_path, name)
+    except BaseModelUnsupported:
+        raise
+    except Exception as error:  # the code of some two hundred architectures, not made for what is asked of it here
+        message = f"base {name}: its architecture cannot be run here ({_first_line(error)})"
+        raise BaseModelUnsupported(message, base=name) from error
+
+
+def _load(name_or_path: str | Path, name: str) -> BaseModel:
     primary, absent, tokenizer = _from_pretrained(name_or_path, name)
     looked = _look(primary, absent)
     heads = _make_heads(looked)
@@ -218,7 +235,7 @@ def _make_spec(
         word_embedding=looked.word_embedding,
         tied_output=looked.decoder and bool(looked.config.tie_word_embeddings),
         tokenizer_digest=tokenizer_digest(_tokenizer_json(tokenizer)),
-        pad_token_id=looked.config.pad_token_id,
+        pad_token_id=getattr(looked.config, "pad_token_id", None),
         shared_modules=shared_modules(looked.observed),
         unserved=looked.unserved,
     )
@@ -245,8 +262,7 @@ def _from_pretrained(name_or_path: str | Path, name: str) -> tuple[Any, set[str]
             model, info = _load_class(str(name_or_path), name)
             tokenizer = AutoTokenizer.from_pretrained(str(name_or_path))
     except (OSError, ValueError, KeyError, ImportError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BaseModelUnsupported(f"base {name}: cannot be loaded ({first_line})", base=name) from error
+        raise BaseModelUnsupported(f"base {name}: cannot be loaded ({_first_line(error)})", base=name) from error
     missing = {str(key) for key in info["missing_keys"]} | {str(entry[0]) for entry in info["mismatched_keys"]}
     lacking = sorted(key for key in missing if key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key)
     if lacking:
@@ -256,6 +272,10 @@ def _from_pretrained(name_or_path: str | Path, name: str) -> tuple[Any, set[str]
     if not getattr(tokenizer, "is_fast", False):
         raise BaseModelUnsupported(f"base {name}: has no fast tokenizer (tokenizer.json)", base=name)
     return model, missing, tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _load_class(source: str, name: str) -> tuple[Any, dict[str, Any]]:
@@ -274,9 +294,8 @@ def _load_class(source: str, name: str) -> tuple[Any, dict[str, Any]]:
 
 def _max_length(config: Any, tokenizer: PreTrainedTokenizerBase, backbone: Backbone) -> int:
     """Tokens: the base's positions, less the RoBERTa family's offset, and no more than its tokenizer says."""
-    positions = int(getattr(config, "max_position_embeddings", 0) or 0) or 512
     padding_idx = backbone.inputs.padding_idx
-    return min(positions - (0 if padding_idx is None else padding_idx + 1), int(tokenizer.model_max_length))
+    return min(num_positions(config) - (0 if padding_idx is None else padding_idx + 1), int(tokenizer.model_max_length))
 
 
 @contextmanager

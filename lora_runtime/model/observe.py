@@ -13,7 +13,9 @@ from transformers.pytorch_utils import Conv1D
 from lora_runtime.adapters.base_spec import LeafKind
 from lora_runtime.heads.sequence_leaf import is_leaf
 
-PROBE_BATCH, PROBE_TOKENS = 2, 9  # two equal sequences: rows of tokens, of sequences and of neither differ in shape
+# Two equal sequences: rows of tokens, of sequences and of neither differ in shape. No base has 13 heads; some have 9,
+# and norm [N, heads, L, d].
+PROBE_BATCH, PROBE_TOKENS = 2, 13
 
 
 class Rows(Enum):
@@ -58,14 +60,16 @@ def widths(module: nn.Module) -> tuple[int, int]:
 
 
 def observe(backbone: nn.Module, forward: Callable[[], object]) -> dict[str, Observed]:
-    """Run `forward` on [PROBE_BATCH, PROBE_TOKENS] tokens; the leaves that ran, in call order."""
+    """Run `forward` on [PROBE_BATCH, PROBE_TOKENS] tokens; the leaves that ran on one tensor, in call order."""
     seen: dict[str, Observed] = {}
     inputs: list[torch.Tensor] = []  # kept alive, so that `is` tells inputs apart
 
-    def note(path: str) -> Callable[[nn.Module, tuple[object, ...]], None]:
-        def hook(module: nn.Module, args: tuple[object, ...]) -> None:
+    def note(path: str) -> Callable[[nn.Module, tuple[object, ...], dict[str, object]], None]:
+        def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             if not args or not isinstance(args[0], torch.Tensor):
                 return
+            if any(isinstance(value, torch.Tensor) for value in (*args[1:], *kwargs.values())):
+                return  # an adapter's rows of the input alone are not all that it computes from
             x = args[0]
             leaf = seen.setdefault(path, Observed(path, module, kind_of(module), set()))
             rows = _rows_of(x)
@@ -79,7 +83,7 @@ def observe(backbone: nn.Module, forward: Callable[[], object]) -> dict[str, Obs
         return hook
 
     leaves = [(path, module) for path, module in backbone.named_modules() if is_leaf(module)]
-    handles = [module.register_forward_pre_hook(note(path)) for path, module in leaves]
+    handles = [module.register_forward_pre_hook(note(path), with_kwargs=True) for path, module in leaves]
     try:
         forward()
     finally:

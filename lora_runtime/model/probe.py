@@ -167,11 +167,21 @@ def _counted(step: Step, config: Any) -> bool:
     return called in (layers, shared)
 
 
+def num_positions(config: Any) -> int:
+    """Tokens of the longest sequence. Beyond its original length a text would change, on a "longrope" base (Phi-3),
+    the angles of its whole batch.
+    """
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]  # of all layers, or by type of layer
+    long = [int(kind["original_max_position_embeddings"]) for kind in kinds if kind.get("rope_type") == "longrope"]
+    return min([int(getattr(config, "max_position_embeddings", 0) or 0) or 512, *long])
+
+
 def _probe_ids(config: Any) -> tuple[tuple[int, ...], ...]:
     """Three sequences of different lengths, one longer than any sliding window."""
+    positions = num_positions(config)
     windows = [getattr(config, name, None) for name in ("sliding_window", "local_attention", "window_size")]
-    window = max((int(w) for w in windows if isinstance(w, int)), default=0)
-    positions = int(getattr(config, "max_position_embeddings", 512) or 512)
+    window = max((w for w in windows if isinstance(w, int) and w < positions), default=0)
     lengths = (7, max(2, min(2 * window + 9, positions - 4)), 5)
     generator = torch.Generator().manual_seed(0)
     reserved = min(5, int(config.vocab_size) - 1)  # special tokens lie first in most vocabularies

@@ -10,7 +10,7 @@ import torch
 from lora_runtime.arena import SlotTable
 from lora_runtime.batch import Batch, Row, Step
 from lora_runtime.kernels.grouped_lora import GroupedLora
-from lora_runtime.model.base import BaseModel
+from lora_runtime.model.base import BaseModel, like_lengths
 from lora_runtime.types import Task
 
 
@@ -58,9 +58,13 @@ class PackedRunner:
 
     def _run_head(self, task: Task, rows: list[Row], hidden: torch.Tensor, outputs: list[torch.Tensor]) -> None:
         """Replace the outputs of the task's rows by their answers."""
+        head = self._base.heads[task]
         chosen = [i for i, row in enumerate(rows) if row.task is task]
-        if len(chosen) < len(rows):
-            hidden = torch.cat([outputs[i] for i in chosen])
-        step = self._make_step(Batch.pack([rows[i] for i in chosen]))
-        for i, answer in zip(chosen, self._base.heads[task].run(step, hidden), strict=True):
-            outputs[i] = answer
+        batches = like_lengths([rows[i] for i in chosen]) if head.pads else [list(range(len(chosen)))]
+        for batch in batches:
+            members = [chosen[place] for place in batch]
+            everything = members == list(range(len(rows)))
+            states = hidden if everything else torch.cat([outputs[i] for i in members])
+            step = self._make_step(Batch.pack([rows[i] for i in members]))
+            for i, answer in zip(members, head.run(step, states), strict=True):
+                outputs[i] = answer

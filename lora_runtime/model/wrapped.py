@@ -4,6 +4,7 @@ merged, and rows of no adapter keep their bits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -76,29 +77,44 @@ class AdaptedEmbedding(Wrapped):
 
     def __init__(self, base: nn.Embedding, path: str) -> None:
         super().__init__(base, path)
-        self._num_rows = base.num_embeddings
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids [..., T] → [..., T, d]."""
         step = current_step.get()
         if step is None or not (extras := step.owners(ids).extras(self.path)):
             return self.base(ids)
-        y = self.base(ids.clamp(max=self._num_rows - 1))  # an adapter's own table may have more rows
-        flat, rows = ids.reshape(-1), y.view(-1, y.shape[-1])
+        flat = ids.reshape(-1)
+        y = self.base(self._in_base(flat, extras).view(ids.shape))
+        rows = y.view(-1, y.shape[-1])
         for start, end, extra in extras:
             self._adapt(flat[start:end], rows[start:end], extra)
         return y
+
+    def _in_base(self, flat: torch.Tensor, extras: Sequence[tuple[int, int, Extras]]) -> torch.Tensor:
+        """The ids, 0 for those whose rows an adapter brings: its table may be longer than the base's."""
+        known = flat.clone()
+        for start, end, extra in extras:
+            if extra.params:
+                known[start:end] = 0
+            elif extra.row_ids is not None:
+                known[start:end].masked_fill_(_find(flat[start:end], extra.row_ids)[1], 0)
+        return known
 
     def _adapt(self, ids: torch.Tensor, rows: torch.Tensor, extra: Extras) -> None:
         if extra.params:
             rows.copy_(functional_call(self.base, dict(extra.params), ids))
         if extra.row_ids is not None:
             assert extra.rows is not None
-            place = torch.searchsorted(extra.row_ids, ids).clamp_(max=len(extra.row_ids) - 1)
-            chosen = (extra.row_ids[place] == ids).nonzero().view(-1)
-            rows[chosen] = extra.rows[place[chosen]]
+            place, listed = _find(ids, extra.row_ids)
+            rows[listed] = extra.rows[place[listed]]
         if extra.embed_a is not None:
             assert extra.embed_b is not None
             rows.addmm_(F.embedding(ids, extra.embed_a), extra.embed_b)
         if extra.gain is not None:
             rows.mul_(extra.gain)
+
+
+def _find(ids: torch.Tensor, row_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(place among `row_ids`, whether it is there) of each id."""
+    place = torch.searchsorted(row_ids, ids).clamp_(max=len(row_ids) - 1)
+    return place, row_ids[place] == ids

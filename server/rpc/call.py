@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
+
+from google.protobuf.message import Message
 
 from lora_runtime.types import (
     AdapterCard,
@@ -27,7 +29,7 @@ class CallRequest(Protocol):
     adapter: str
 
     @property
-    def inputs(self) -> Sized: ...
+    def inputs(self) -> Sequence[Message]: ...
 
 
 class CallReply(Protocol):

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from lora_runtime import types
-from lora_runtime.errors import AdapterFailed, InvalidRequest, TaskMismatch
-from lora_runtime.types import AdapterCard, AdapterInfo, Request, Result, Task
+from lora_runtime.errors import InvalidRequest
+from lora_runtime.types import AdapterInfo, Request, Result, Task
 from server.admission import Admission, Permits
 from server.backend import BackendSlot, Engine, completion
 from server.metrics import ServerMetrics
@@ -41,12 +41,14 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         metrics: ServerMetrics,
         *,
         max_inputs: int,
+        max_input_chars: int,
     ) -> None:
         self._slot = slot
         self._admission = admission
         self._tokenizers = tokenizers
         self._metrics = metrics
         self._max_inputs = max_inputs
+        self._max_input_chars = max_input_chars
 
     async def Classify(  # noqa: N802 - the proto's name
         self, request: inference_pb2.ClassifyRequest, context: Context
@@ -75,7 +77,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         info = resolve(backend.engine.catalogue, request.adapter)
         self._check_inputs(request)
         call.check(request)
-        card = _card_of(info, call.task)
+        card = info.card_for(call.task)
         with self._admission.permits(len(request.inputs)) as permits:
             prepared, tokenize_s = await self._in_pool(
                 "tokenize", lambda: call.prepare(request, backend.encoder_for(info), card)
@@ -99,6 +101,14 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 f"has {num_inputs} entries, the limit is {self._max_inputs}; send several requests",
                 limit=self._max_inputs,
             )
+        for index, item in enumerate(request.inputs):
+            for field, value in item.ListFields():
+                if isinstance(value, str) and len(value) > self._max_input_chars:
+                    raise self._too_many_chars(f"inputs[{index}].{field.name}", len(value))
+
+    def _too_many_chars(self, field: str, num_chars: int) -> InvalidRequest:
+        limit = self._max_input_chars
+        return InvalidRequest(field, f"has {num_chars} characters, the limit is {limit}; send it in parts", limit=limit)
 
     def _admit_windows(self, permits: Permits, num_sequences: int) -> None:
         """Take permits for the windows of long texts, which are known only now."""
@@ -127,16 +137,6 @@ async def _answer(engine: Engine, work: Request) -> Result:
         # nobody waits any more: the engine drops the request when it forms its next batch
         engine.cancel(work.request_id)
         raise
-
-
-def _card_of(info: AdapterInfo, task: Task) -> AdapterCard:
-    """What tokenising needs to know; an adapter whose JSON files were refused has no card. Raises TaskMismatch."""
-    if info.card is None:
-        assert info.failure is not None, f"{info.id} has neither a card nor a failure"
-        raise AdapterFailed(str(info.id), info.failure)
-    if info.card.task is not task:
-        raise TaskMismatch(str(info.id), task, info.card.task)
-    return info.card
 
 
 def _engine_request(task: Task, info: AdapterInfo, prepared: Prepared[ReplyT], context: Context) -> Request:

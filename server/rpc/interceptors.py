@@ -11,9 +11,10 @@ from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn, TypeAlias, cast
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc import aio
 
-from lora_runtime.errors import MultiloraError
+from lora_runtime.errors import InvalidRequest, MultiloraError
 from server.metrics import ServerMetrics
 from server.rpc.context import Context, remaining_seconds
 from server.rpc.errors import STATUS_DETAILS_KEY, RpcStatus, internal_status, to_status
@@ -25,6 +26,7 @@ _OURS = "/multilora."
 _log = logging.getLogger(__name__)
 
 Method: TypeAlias = Callable[[Any, Context], Awaitable[Any]]
+Parse: TypeAlias = Callable[[bytes], Any]
 
 
 class RpcInterceptor(aio.ServerInterceptor):
@@ -44,19 +46,23 @@ class RpcInterceptor(aio.ServerInterceptor):
         if handler is None or not method.startswith(_OURS) or handler.unary_unary is None:
             return handler
         return grpc.unary_unary_rpc_method_handler(
-            self._wrap(method.removeprefix("/"), cast("Method", handler.unary_unary)),
-            request_deserializer=handler.request_deserializer,
+            self._wrap(
+                method.removeprefix("/"),
+                cast("Method", handler.unary_unary),
+                cast("Parse", handler.request_deserializer),
+            ),
+            request_deserializer=None,  # by us: what cannot be parsed is an error with a reason, counted as any other
             response_serializer=handler.response_serializer,
         )
 
-    def _wrap(self, method: str, behaviour: Method) -> Method:
-        async def call(request: Any, context: Context) -> Any:
+    def _wrap(self, method: str, behaviour: Method, parse: Parse) -> Method:
+        async def call(data: Any, context: Context) -> Any:
             started = time.perf_counter()
             code = grpc.StatusCode.UNKNOWN
             request_id = _request_id(context)
             context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
             try:
-                reply = await behaviour(request, context)
+                reply = await behaviour(_parsed(data, parse), context)
                 code = grpc.StatusCode.OK
                 return reply
             except MultiloraError as error:
@@ -77,6 +83,13 @@ class RpcInterceptor(aio.ServerInterceptor):
                 self._metrics.observe_rpc(method, code.name, time.perf_counter() - started)
 
         return call
+
+
+def _parsed(data: bytes, parse: Parse) -> Any:
+    try:
+        return parse(data)
+    except DecodeError as error:
+        raise InvalidRequest("request", "is no message of this method; check the client's protos") from error
 
 
 def _request_id(context: Context) -> str:

@@ -35,7 +35,10 @@ class Case:
     variant: str
     task: str = "SEQ_CLS"
     lora: Mapping[str, Any] = field(default_factory=dict)
-    ranks: tuple[int, int] = (3, 6)
+    ranks: tuple[int, int] = (
+        3,
+        6,
+    )  # PiSSA, KaSA: where singular values lie apart, since PEFT's SVD has single precision
     labels: tuple[int, int] = (3, 5)
     layout: Layout = Layout.PLAIN
     new_tokens: int = 0  # rows by which the vocabulary was resized
@@ -201,12 +204,12 @@ _BERT = [
         "trainable-tokens-dora-bias-all",
         lora={**_DORA, "bias": "all", "trainable_token_indices": some_tokens},
     ),
-    Case("bert", "pissa", lora={"init_lora_weights": "pissa", "target_modules": linears}, fast=True),
-    Case("bert", "pissa-rslora", lora={"init_lora_weights": "pissa", "use_rslora": True}),
-    Case("bert", "pissa-rank-pattern", lora={"init_lora_weights": "pissa", "rank_pattern": {"value": 5}}),
+    Case("bert", "pissa", ranks=(2, 4), lora={"init_lora_weights": "pissa", "target_modules": linears}, fast=True),
+    Case("bert", "pissa-rslora", ranks=(2, 4), lora={"init_lora_weights": "pissa", "use_rslora": True}),
+    Case("bert", "pissa-rank-pattern", ranks=(3, 4), lora={"init_lora_weights": "pissa", "rank_pattern": {"value": 5}}),
     Case("bert", "olora", lora={"init_lora_weights": "olora", "target_modules": linears}, fast=True),
-    Case("bert", "kasa", ranks=(4, 11), lora=_KASA, fast=True),
-    Case("bert", "kasa-rslora", ranks=(4, 11), lora={**_KASA, "use_rslora": True}),
+    Case("bert", "kasa", ranks=(3, 10), lora=_KASA, fast=True),
+    Case("bert", "kasa-rslora", ranks=(2, 6), lora={**_KASA, "use_rslora": True}),
     Case("bert", "bd-lora", ranks=(4, 6), lora=_BD, fast=True),
     Case("bert", "mica", lora={"init_lora_weights": "mica", "target_modules": linears}, fast=True),
     Case("bert", "mica-embedding", lora={"init_lora_weights": "mica", "target_modules": with_words}),
@@ -258,7 +261,7 @@ _ENCODERS = [
         lora={"use_dora": True, "target_modules": also("word_embeddings", "embeddings_project")},
     ),
     # PEFT takes its SVD in float32, whose error over all linears of this base is beyond our tolerance
-    Case("electra", "pissa", lora={"init_lora_weights": "pissa"}),
+    Case("electra", "pissa", ranks=(4, 5), lora={"init_lora_weights": "pissa"}),
     Case("electra", "saved-projection", "TOKEN_CLS", lora={"modules_to_save": ["embeddings_project"]}),
     Case("electra", "plain", "QUESTION_ANS"),
     Case("electra", "bias-all", "FEATURE_EXTRACTION", lora={"bias": "all"}),
@@ -321,7 +324,7 @@ _OTHER_DECODERS += [Case("qwen3", "saved-norms", "CAUSAL_LM", lora={"modules_to_
 _GPT2 = [
     Case("gpt2", "linears", lora={"target_modules": linears}, fast=True),
     Case("gpt2", "dora", lora=_DORA),
-    Case("gpt2", "pissa", lora={"init_lora_weights": "pissa", "target_modules": linears}),
+    Case("gpt2", "pissa", ranks=(3, 8), lora={"init_lora_weights": "pissa", "target_modules": linears}),
     Case("gpt2", "mica", lora={"init_lora_weights": "mica", "target_modules": linears}),
     Case("gpt2", "plain", "TOKEN_CLS"),
     Case("gpt2", "plain", "QUESTION_ANS"),
@@ -362,6 +365,7 @@ _LLAMA = [
     Case("llama", "trainable-tokens", "CAUSAL_LM", lora={"trainable_token_indices": some_tokens}, fast=True),
     Case("llama", "trainable-tokens-by-name", "CAUSAL_LM", lora={"trainable_token_indices": tokens_of("embed_tokens")}),
     Case("llama", "alora", "CAUSAL_LM", lora=_ALORA, fast=True),
+    Case("llama", "alora-lm-head", "CAUSAL_LM", lora={**_ALORA, "target_modules": also("lm_head")}, fast=True),
     Case(
         "llama",
         "alora-rslora-patterns",
@@ -369,7 +373,7 @@ _LLAMA = [
         lora={**_ALORA, "use_rslora": True, "rank_pattern": {"q_proj": 5}, "alpha_pattern": {"v_proj": 3}},
     ),
     Case("llama", "olora", "CAUSAL_LM", lora={"init_lora_weights": "olora"}),
-    Case("llama", "kasa", "CAUSAL_LM", ranks=(4, 11), lora=_KASA),
+    Case("llama", "kasa", "CAUSAL_LM", ranks=(6, 9), lora=_KASA),
     Case("llama", "bd-lora", "CAUSAL_LM", ranks=(4, 6), lora=_BD),
     Case("llama", "layers-to-transform", "CAUSAL_LM", lora={"layers_to_transform": [1], "target_modules": linears}),
     Case("llama", "resized-vocabulary", "CAUSAL_LM", new_tokens=3),

@@ -18,7 +18,7 @@ from lora_runtime.errors import AdapterRejected
 from lora_runtime.model.base import PackedBackbone
 from tests.conformance.cases import CASES, Case, case_params
 from tests.conformance.families import FAMILIES, TEXTS, build_base
-from tests.conformance.matrix_bench import Bench, Group
+from tests.conformance.matrix_bench import Bench
 from tests.oracle import relative_difference
 
 BenchOf = Callable[[str], Bench]
@@ -58,9 +58,8 @@ def test_a_mixed_batch_answers_as_peft(case: Case, bench: BenchOf) -> None:
         raise
     groups = [*pair, served.plain(), served.alone()]
     random.Random(case.id).shuffle(groups)
-    for batch in _batches(groups):
-        for group, outputs in zip(batch, served.run(batch), strict=True):
-            group.check(outputs)
+    for group, outputs in zip(groups, served.run(groups), strict=True):
+        group.check(outputs)
 
 
 @pytest.mark.parametrize("family", family_params())
@@ -118,11 +117,3 @@ def test_scores_follow_the_problem_type(problem: str, bench: BenchOf) -> None:
     for logits, found in zip(group.expected, served.runtime.classify(group.name, texts), strict=True):
         assert list(found.scores) == list(labels.values())
         assert torch.allclose(torch.tensor(list(found.scores.values())), scores_of(logits), atol=1e-5)
-
-
-def _batches(groups: list[Group]) -> Iterator[list[Group]]:
-    """All groups in one batch, but for adapters that the runtime says run with no other beside them."""
-    apart = [group for group in groups if group.resident is not None and group.resident.alone]
-    yield [group for group in groups if group not in apart]
-    for group in apart:
-        yield [group]

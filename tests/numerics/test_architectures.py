@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
-from lora_runtime.errors import AdapterRejected, BaseModelUnsupported
+from lora_runtime.errors import AdapterRejected, BaseModelUnsupported, TextTooLong
 from lora_runtime.model.load import load_base
 from lora_runtime.runtime import Runtime
 from lora_runtime.types import Task
@@ -106,6 +106,49 @@ def test_a_task_whose_head_is_not_exact_is_not_served(tmp_path: Path, encoder_pa
     adapter = make_adapter(base, tmp_path / "news", targets=["query"])
     with Runtime(base) as runtime, pytest.raises(AdapterRejected, match="other logits"):
         runtime.load(adapter)
+
+
+def test_texts_stay_within_the_length_that_changes_no_other_text(tmp_path: Path, encoder_path: Path) -> None:
+    """Phi-3's "longrope" turns by other angles once one text of a batch is longer than the original model's."""
+    angles = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 4.0, "rope_theta": 10000.0}
+    original = {"original_max_position_embeddings": 16}
+    rope = {"rope_type": "longrope", **original, **angles}
+    fields = {**SMALL, **SPECIAL, **original, "rope_parameters": rope, "sliding_window": 4096}
+    base = save_base("Phi3", "Phi3ForCausalLM", fields, tmp_path / "base", encoder_path)
+    with Runtime(base) as runtime:
+        (short,) = runtime.embed("base", ["Short."])
+        with pytest.raises(TextTooLong):
+            runtime.embed("base", ["Short.", "long " * 20])
+        together = runtime.embed("base", ["Short.", "long " * 20], truncate=True)
+        assert torch.allclose(torch.tensor(together[0]), torch.tensor(short), atol=1e-5)
+
+
+def test_a_module_that_computes_from_more_than_its_input_is_not_served(tmp_path: Path, encoder_path: Path) -> None:
+    """BioGPT's positions take the whole batch's position ids beside their input."""
+    base = save_base("BioGpt", "BioGptForCausalLM", {**SMALL, **SPECIAL}, tmp_path / "base", encoder_path)
+    refused = make_adapter(base, tmp_path / "news", targets=["q_proj"], modules_to_save=["score", "embed_positions"])
+    with Runtime(base) as runtime:
+        with pytest.raises(AdapterRejected, match="not served per adapter"):
+            runtime.load(refused)
+        runtime.load(make_adapter(base, tmp_path / "plain", targets=["q_proj"], bias="all"))
+        assert runtime.classify("plain", ["Short."])
+
+
+def test_norms_of_nine_heads_are_not_taken_for_norms_of_tokens(tmp_path: Path, encoder_path: Path) -> None:
+    heads = {"hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 9, "head_dim": 4}
+    base = save_base("Gemma3Text", "Gemma3ForCausalLM", {**SMALL, **SPECIAL, **heads}, tmp_path / "base", encoder_path)
+    adapter = make_adapter(base, tmp_path / "news", targets=["q_proj"], modules_to_save=["score", "q_norm"])
+    with Runtime(base) as runtime, pytest.raises(AdapterRejected, match="not served per adapter"):
+        runtime.load(adapter)
+
+
+def test_a_base_whose_code_fails_is_refused_as_any_other(tmp_path: Path, encoder_path: Path) -> None:
+    """SqueezeBERT calls its pooler even where there is none."""
+    base = save_base(
+        "SqueezeBert", "SqueezeBertModel", {**SMALL, "embedding_size": 32}, tmp_path / "base", encoder_path
+    )
+    with pytest.raises(BaseModelUnsupported, match="base base: its architecture cannot be run here"):
+        load_base(base)
 
 
 def test_a_folder_that_is_an_adapter_is_no_base(tmp_path: Path, tiny_bert: Path) -> None:

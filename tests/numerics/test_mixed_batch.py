@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_runtime.batch import Row
+from lora_runtime.batch import Batch, Row
+from lora_runtime.heads import TaskHead
 from lora_runtime.runtime import Runtime
-from lora_runtime.types import AdapterRef, Task
-from tests.oracle import ALL_LINEAR, PeftOracle, make_adapter
+from lora_runtime.types import AdapterRef, Task, TokenSequence
+from tests.oracle import ALL_LINEAR, PeftOracle, make_adapter, make_task_adapter
 
 # name → (rank, targets, labels, further LoraConfig fields)
 ADAPTERS: dict[str, tuple[int, list[str] | str, int, dict[str, object]]] = {
@@ -172,3 +173,30 @@ def test_nothing_was_merged(runtime: Runtime, encoder_path: Path) -> None:
     for site in runtime.runner._base.spec.sites:
         if not site.per_sequence:
             assert torch.equal(served.get_submodule(site.name).weight, original[f"{site.name}.weight"])
+
+
+def test_a_long_text_does_not_make_the_head_pad_the_short_ones(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads that read every token take padded rows: 60 of 2 tokens beside one of 60 would be 30 times as much."""
+    config = {"r": 2, "target_modules": ["query"]}
+    folder = make_task_adapter(tiny_bert, tmp_path / "tagger", "TOKEN_CLS", config, num_labels=4)
+    padded: list[int] = []
+    pad = TaskHead._pad
+
+    def noting(self: TaskHead, batch: Batch, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        found = pad(self, batch, hidden)
+        padded.append(found[1].numel())
+        return found
+
+    with Runtime(tiny_bert) as runtime:
+        adapter = runtime.load(folder).id
+        resident = runtime.engine.hold([adapter])[adapter]
+        ids = [tuple(range(1000, 1000 + n)) for n in (2, 60, *(2,) * 59)]
+        rows = [Row(TokenSequence(row, None), resident, Task.CLASSIFY_TOKENS) for row in ids]
+        monkeypatch.setattr(TaskHead, "_pad", noting)
+        together = runtime.engine.call(lambda: runtime.runner.run(rows))
+        assert sum(padded) <= 2 * sum(map(len, ids))
+        for row, found in zip(rows[:3], together, strict=False):
+            (alone,) = runtime.engine.call(lambda row=row: runtime.runner.run([row]))
+            assert torch.allclose(found, alone, atol=1e-5)

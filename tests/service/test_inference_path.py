@@ -243,3 +243,25 @@ async def test_requests_of_every_task_are_answered_side_by_side(tasks: Harness) 
     kinds = [type(reply) for reply in replies[:4]]
     assert kinds == [getattr(inference_pb2, f"{rpc.method}Response") for rpc in RPCS]
     assert [reply.results for reply in replies[:4]] == [reply.results for reply in replies[4:]]
+
+
+@every_rpc
+async def test_a_text_of_too_many_characters_is_refused_before_it_is_tokenised(tasks: Harness, rpc: Rpc) -> None:
+    long = "x" * 262_145
+    item = long if isinstance(rpc.item, str) else (rpc.item[0], long)
+    failure = await failure_of(getattr(tasks.inference, rpc.method)(rpc.build(rpc.adapter, rpc.item, item)))
+    assert failure.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert failure.field in ("inputs[1].text", "inputs[1].context")
+    assert "262144" in failure.message
+    assert await tasks.sample("multilora_admitted_sequences") == 0
+
+
+@every_rpc
+@pytest.mark.parametrize("data", [b"\xff\xff\xff", b"\x0a\x02\xff\xfe"], ids=["no message", "no UTF-8"])
+async def test_bytes_that_are_no_message_are_an_error_with_a_reason(tasks: Harness, rpc: Rpc, data: bytes) -> None:
+    method = f"/multilora.v1.InferenceService/{rpc.method}"
+    failure = await failure_of(tasks.channel.unary_unary(method)(data))
+    assert failure.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert failure.info.reason == "INVALID_REQUEST"
+    series = f'multilora_requests_total{{code="INVALID_ARGUMENT",method="multilora.v1.InferenceService/{rpc.method}"}}'
+    assert await tasks.sample(series) == 1

@@ -16,6 +16,7 @@ import torch
 from lora_runtime.adapters.base_spec import BaseSpec
 from lora_runtime.adapters.checkpoint import Checkpoint, read_checkpoint
 from lora_runtime.adapters.fingerprint import file_sha256
+from lora_runtime.adapters.folder import AdapterFolder
 from lora_runtime.adapters.image import head_views, plan_image, write_image
 from lora_runtime.adapters.metadata import AdapterMetadata
 from lora_runtime.adapters.plan import read_card
@@ -292,6 +293,25 @@ def test_a_link_out_of_the_folder_is_refused(folder: Path, base: BaseSpec, tmp_p
     shutil.move(folder / WEIGHTS, tmp_path / "elsewhere")
     os.symlink(tmp_path / "elsewhere", folder / WEIGHTS)
     assert refusal(folder, base).code == "LINK_OUT_OF_FOLDER"
+
+
+def test_weights_replaced_between_the_plan_and_their_reading_are_refused(
+    folder: Path, base: BaseSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same size: their places would be those of other tensors."""
+    data = (folder / WEIGHTS).read_bytes()
+    keys = [f"{QUERY}.lora_A.weight".encode(), QUERY.replace(".0.", ".1.").encode() + b".lora_A.weight"]
+    other = data.replace(keys[0], b"<first>").replace(keys[1], keys[0]).replace(b"<first>", keys[1])
+    assert len(other) == len(data) and other != data
+    read_weights = AdapterFolder.read_weights
+
+    def late(opened: AdapterFolder, name: str) -> bytearray:
+        (folder / WEIGHTS).write_bytes(other)
+        return read_weights(opened, name)
+
+    monkeypatch.setattr(AdapterFolder, "read_weights", late)
+    error = refusal(folder, base)
+    assert error.code == "WEIGHTS_CORRUPT" and "changed while it was read" in error.message
 
 
 def test_a_tensor_named_twice_is_refused(folder: Path, base: BaseSpec) -> None:

@@ -11,7 +11,6 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from lora_runtime.adapters.base_spec import BaseSpec
 from lora_runtime.adapters.checkpoint import read_checkpoint
-from lora_runtime.adapters.fingerprint import file_sha256
 from lora_runtime.adapters.plan import read_card
 from lora_runtime.adapters.tokenizer import tokenizer_digest
 from lora_runtime.errors import AdapterRejected
@@ -51,8 +50,12 @@ def test_another_tokenizer_is_on_the_card_and_part_of_the_identity(folder: Path,
     before = read_checkpoint(folder, base, NO_LIMIT)
     tokenizer({f"x{i}": i for i in range(VOCABULARY)} | {"w0": 0}).save(str(folder / "tokenizer.json"))
     after = read_checkpoint(folder, base, NO_LIMIT)
-    assert after.card.tokenizer_sha256 == file_sha256(folder / "tokenizer.json")
+    assert after.card.tokenizer_sha256 is not None
     assert after.digest != before.digest
+    (folder / "tokenizer_config.json").write_text('{"do_lower_case": true}')
+    configured = read_checkpoint(folder, base, NO_LIMIT)
+    assert configured.card.tokenizer_sha256 not in (None, after.card.tokenizer_sha256)
+    assert configured.digest not in (before.digest, after.digest)
 
 
 def added(folder: Path, count: int) -> None:

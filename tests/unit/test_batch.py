@@ -10,7 +10,7 @@ import torch
 from lora_runtime.arena import RankArena, SlotTable
 from lora_runtime.batch import BASE_CARD, Batch, Extras, Resident, Row, Step
 from lora_runtime.kernels.grouped_lora.reference import ReferenceGroupedLora
-from lora_runtime.model.base import _batches
+from lora_runtime.model.base import like_lengths
 from lora_runtime.types import TokenSequence
 from tests.fakes import WIDTH, fake_spec
 
@@ -56,6 +56,13 @@ def test_an_alora_is_active_from_its_last_invocation_and_never_without_one() -> 
     assert segments(step_of([at_the_end, absent, twice])) == [(1, 1, 3), (1, 9, 12)]
 
 
+def test_an_alora_changes_the_head_of_a_text_that_invokes_it_only() -> None:
+    active, plain = resident(1, card=replace(BASE_CARD, invocation_tokens=(7, 8))), resident(2)
+    rows = [Row(sequence(7, 8, 5), active), Row(sequence(7, 9, 8), active), Row(sequence(1), plain)]
+    found = step_of(rows).sequences(1).plan.segments
+    assert [(s.slot, s.start, s.end) for s in found] == [(1, 0, 1), (2, 2, 3)]
+
+
 def test_extras_are_found_by_module_for_the_rows_of_their_adapter_alone() -> None:
     extras = Extras(shift=torch.ones(WIDTH))
     plain, biased = resident(1), resident(2, extras={"layer.q": extras})
@@ -79,7 +86,7 @@ def test_padded_batches_are_of_like_length_with_the_rows_of_an_adapter_adjacent(
     lengths = [4, 5, 100, 4, 90, 5]
     owners = [one, two, one, two, two, one]
     rows = [Row(sequence(*range(1, n + 1)), owner) for n, owner in zip(lengths, owners, strict=True)]
-    batches = _batches(rows)
+    batches = like_lengths(rows)
     assert sorted(i for batch in batches for i in batch) == list(range(6))
     assert sorted(map(sorted, batches)) == [[0, 1, 3, 5], [2, 4]]
     for batch in batches:
@@ -90,5 +97,5 @@ def test_padded_batches_are_of_like_length_with_the_rows_of_an_adapter_adjacent(
 def test_an_adapter_that_changes_what_sequences_share_gets_padded_batches_of_its_own() -> None:
     one, two, three = resident(1, alone=True), resident(2), resident(3, alone=True)
     rows = [Row(sequence(1, 2, 3), owner) for owner in (one, two, three, one)] + [Row(sequence(1, 2))]
-    batches = [sorted(batch) for batch in _batches(rows)]
+    batches = [sorted(batch) for batch in like_lengths(rows)]
     assert sorted(batches) == [[0, 3], [1, 4], [2]]

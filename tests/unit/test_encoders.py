@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from lora_runtime.adapters.folder import open_folder
+from lora_runtime.adapters.tokenizer import tokenizer_identity
 from lora_runtime.errors import AdapterRejected
 from lora_runtime.model import encoders as module
 from lora_runtime.model.encoders import Encoders
@@ -34,9 +35,9 @@ def save(folder: Path, family: str = "gpt2", new_token: str | None = None) -> Pa
 
 
 def info(folder: Path, digest: str | None = "", card: bool = True) -> AdapterInfo:
-    """`digest` empty: that of the folder's file."""
+    """`digest` empty: that of the folder's files."""
     if digest == "":
-        digest = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+        digest = tokenizer_identity(open_folder(folder))
     known = AdapterCard(Task.CLASSIFY, None, ProblemType.SINGLE_LABEL, None, None, None, tokenizer_sha256=digest)
     return AdapterInfo(AdapterId("default", folder.name, 1), folder, AdapterState.READY, known if card else None)
 
@@ -76,16 +77,17 @@ def test_an_adapters_own_tokenizer_is_used_within_the_bases_length(encoders: Enc
 def test_the_tokenizer_of_a_named_adapter_is_found_in_its_sub_folder(encoders: Encoders, tmp_path: Path) -> None:
     (tmp_path / "outer").mkdir()
     inner = save(tmp_path / "outer" / "named", new_token="[DOSE]")
-    digest = hashlib.sha256((inner / "tokenizer.json").read_bytes()).hexdigest()
+    digest = tokenizer_identity(open_folder(inner))
     assert encoders.for_adapter(info(tmp_path / "outer", digest)).encode_tokens(["a"], max_length=None, truncate=False)
 
 
 def test_a_link_out_of_the_folder_is_not_followed(encoders: Encoders, tmp_path: Path) -> None:
     folder = save(tmp_path / "own")
+    registered = info(folder)
     outside = (folder / "tokenizer_config.json").rename(tmp_path / "elsewhere.json")
     (folder / "tokenizer_config.json").symlink_to(outside)
     with pytest.raises(AdapterRejected, match="leaves the folder"):
-        encoders.for_adapter(info(folder))
+        encoders.for_adapter(registered)
 
 
 @pytest.mark.parametrize(("base", "own"), [("bert", "roberta"), ("roberta", "xlnet")])
@@ -95,10 +97,13 @@ def test_sequences_have_token_types_where_the_bases_have(base: str, own: str, tm
     assert (sequence.token_type_ids is not None) == (base == "bert")
 
 
-def test_a_tokenizer_that_changed_since_its_registration_is_refused(encoders: Encoders, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_that_changed_since_its_registration_is_refused(
+    name: str, encoders: Encoders, tmp_path: Path
+) -> None:
     folder = save(tmp_path / "own")
     registered = info(folder)
-    with (folder / "tokenizer.json").open("a") as file:
+    with (folder / name).open("a") as file:
         file.write("\n")
     with pytest.raises(AdapterRejected, match="new version") as caught:
         encoders.for_adapter(registered)
@@ -143,6 +148,18 @@ def test_adapters_with_the_same_tokenizer_share_it(encoders: Encoders, tmp_path:
     first, second = (info(save(tmp_path / name)) for name in ("first", "second"))
     assert encoders.for_adapter(first) is encoders.for_adapter(second)
     assert loads == ["first"]
+
+
+def test_one_vocabulary_under_other_settings_is_another_tokenizer(encoders: Encoders, tmp_path: Path) -> None:
+    """Whichever is asked for first: an adapter must not be read by the settings of another."""
+    found: list[tuple[int, ...]] = []
+    for name, lower in (("first", True), ("second", False)):
+        folder = save(tmp_path / name, "bert")
+        settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": lower}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        encoder = encoders.for_adapter(info(folder))
+        found.append(encoder.encode([("LEO", None)], max_length=None, truncate=False)[0].input_ids)
+    assert found[0] != found[1]
 
 
 def test_threads_that_ask_at_once_load_once(encoders: Encoders, tmp_path: Path, loads: list[str]) -> None:

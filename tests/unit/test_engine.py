@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from lora_runtime.adapters.checkpoint import read_checkpoint
 from lora_runtime.arena import RankArena, SlotTable
 from lora_runtime.engine import Engine, EngineSettings
 from lora_runtime.errors import (
@@ -235,6 +237,51 @@ def test_a_folder_with_bad_json_is_refused_or_kept_as_failed(make: Callable[...,
     assert rig.engine.catalogue.get(bad).state is AdapterState.FAILED
 
 
+def test_a_folder_with_bad_json_is_served_once_it_is_mended(make: Callable[..., Rig], tmp_path: Path) -> None:
+    rig = make(num_adapters=1)
+    config = save(tmp_path / "a7", 7) / "adapter_config.json"
+    good = config.read_text()
+    config.write_text("{")
+    with pytest.raises(AdapterRejected):
+        rig.engine.register(adapter_id(7), tmp_path / "a7", keep_failed=True).result(5)
+    with pytest.raises(AdapterFailed, match="not valid JSON"):
+        rig.engine.load(adapter_id(7)).result(5)
+    with pytest.raises(AdapterFailed, match="not valid JSON"):
+        rig.engine.submit(rig.request(7)).result(5)
+    config.write_text(good)
+    info = rig.engine.load(adapter_id(7)).result(5)
+    assert (info.state, info.failure) == (AdapterState.READY, None)
+    assert info.card is not None and info.card.task is Task.CLASSIFY
+    assert rig.engine.submit(rig.request(7)).result(5).outputs[0].logits[0] == 10.0
+    rig.engine.check_integrity()
+
+
+def test_while_mended_json_is_read_again_nobody_is_answered_unchecked(
+    make: Callable[..., Rig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What task the adapter has is not known yet, so no request can be matched with it."""
+    rig = make(num_adapters=1)
+    folder = save(tmp_path / "a7", 7)
+    good = (folder / "adapter_config.json").read_text()
+    (folder / "adapter_config.json").write_text("{")
+    with pytest.raises(AdapterRejected):
+        rig.engine.register(adapter_id(7), folder, keep_failed=True).result(5)
+    (folder / "adapter_config.json").write_text(good)
+    gate = threading.Event()
+
+    def slow(*args: object) -> object:
+        gate.wait(5)
+        return read_checkpoint(*args)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr("lora_runtime.adapters.loader.read_checkpoint", slow)
+    loading = rig.engine.load(adapter_id(7))
+    request = replace(rig.request(7), task=Task.EMBED)
+    with pytest.raises(AdapterFailed, match="not valid JSON"):
+        rig.engine.submit(request).result(5)
+    gate.set()
+    assert loading.result(5).state is AdapterState.READY
+
+
 def test_unload_frees_the_bytes_and_a_later_request_loads_again(make: Callable[..., Rig]) -> None:
     rig = make()
     resident = rig.engine.load(adapter_id(0)).result(5).resident_bytes
@@ -269,6 +316,42 @@ def test_a_failing_batch_fails_its_requests_and_the_engine_goes_on(make: Callabl
         rig.engine.submit(rig.request(0)).result(5)
     assert "text of a request" not in caught.value.message
     assert rig.engine.submit(rig.request(0)).result(5).outputs
+
+
+def test_a_token_without_a_row_in_the_embedding_is_refused_before_it_joins_a_batch(
+    make: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = make(num_adapters=1)
+    info = rig.engine.load(adapter_id(0)).result(5)
+    assert info.card is not None
+    rig.engine.call(lambda: rig.engine.catalogue.put(replace(info, card=replace(info.card, num_token_ids=9))))
+    request = rig.request(0, (3, 3))
+    ids = (request.sequences[0], TokenSequence((1, 9, 2), None))
+    with pytest.raises(InvalidRequest, match=r"inputs\[1\]\.text.* token id 9") as caught:
+        rig.engine.submit(replace(request, sequences=ids)).result(5)
+    assert caught.value.field == "inputs[1].text"
+    assert rig.runner.batches == []
+
+
+def test_a_request_that_cannot_be_run_takes_no_other_of_its_batch_along(make: Callable[..., Rig]) -> None:
+    rig = make()
+    for number in (0, 1):
+        rig.engine.load(adapter_id(number)).result(5)
+    rig.runner.cannot_run = 9  # tokens
+    rig.runner.gate.clear()
+    first = rig.engine.submit(rig.request(0))
+    time.sleep(0.05)
+    good = [rig.engine.submit(rig.request(number, (4, 5))) for number in (0, 1)]
+    bad = [rig.engine.submit(rig.request(number, (3, 9))) for number in (0, 1)]
+    rig.runner.gate.set()
+    assert first.result(5).outputs
+    for number, future in enumerate(good):
+        assert [output.logits[0] for output in future.result(5).outputs] == [number + 4.0, number + 5.0]
+    for future in bad:
+        with pytest.raises(MultiloraError, match="IndexError"):
+            future.result(5)
+    assert len(rig.runner.batches[1]) == 8, "all of them were one batch"
+    rig.engine.check_integrity()
 
 
 def test_a_cancelled_request_is_answered_once_and_runs_in_no_batch(make: Callable[..., Rig]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import tracemalloc
 from collections.abc import Mapping
 
 import numpy as np
@@ -167,3 +168,18 @@ def test_the_windows_of_a_long_context_take_milliseconds() -> None:
         answers(windows, rows, top_k=5, allow_no_answer=True)
         seconds.append(time.perf_counter() - begun)
     assert min(seconds) < 0.25  # a busy machine's share; alone it is a twentieth
+
+
+def test_many_windows_in_which_no_best_start_meets_a_best_end_stay_cheap() -> None:
+    """A badly trained adapter's, for which all pairs are tried: 8 million in all, of which few are kept."""
+    up = tuple(float(k) for k in range(512))
+    windows = [window(None, *((5 * k, 5 * k + 4) for k in range(511))) for _ in range(64)]
+    rows = [SpanLogits(up, up[::-1]) for _ in windows]
+    tracemalloc.start()
+    try:
+        found = answers(windows, rows, top_k=5)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(found) == 5
+    assert peak < 64 << 20
