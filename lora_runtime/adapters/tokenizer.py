@@ -69,12 +69,13 @@ def tokenizer_identity(folder: AdapterFolder) -> str:
 
 def _facts(sha256: str, data: bytes) -> tuple[str, int]:
     """(canonical digest, one more than the highest token id); the adapters of one trainer share a tokenizer."""
-    if sha256 not in _FACTS:
+    facts = _FACTS.get(sha256)
+    if facts is None:
         tokenizer = parse_json_object(data, TOKENIZER_FILE)
-        if len(_FACTS) >= _MAX_FACTS:
+        if len(_FACTS) >= _MAX_FACTS:  # another loader thread may clear them at any time
             _FACTS.clear()
-        _FACTS[sha256] = _digest(tokenizer), _num_ids(tokenizer)
-    return _FACTS[sha256]
+        facts = _FACTS[sha256] = _digest(tokenizer), _num_ids(tokenizer)
+    return facts
 
 
 def _num_ids(tokenizer: dict[str, Any]) -> int:

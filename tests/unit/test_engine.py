@@ -318,9 +318,7 @@ def test_a_failing_batch_fails_its_requests_and_the_engine_goes_on(make: Callabl
     assert rig.engine.submit(rig.request(0)).result(5).outputs
 
 
-def test_a_token_without_a_row_in_the_embedding_is_refused_before_it_joins_a_batch(
-    make: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_token_without_a_row_in_the_embedding_is_refused_before_it_joins_a_batch(make: Callable[..., Rig]) -> None:
     rig = make(num_adapters=1)
     info = rig.engine.load(adapter_id(0)).result(5)
     assert info.card is not None
