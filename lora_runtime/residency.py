@@ -228,9 +228,10 @@ class Residency:
 
     def _fetched(self, message: Fetched) -> None:
         record = self._records[message.adapter]
-        known, card = record.info.digest, record.info.card
-        other_task = card is not None and card.task is not message.checkpoint.card.task
-        if other_task or (known is not None and known != message.checkpoint.digest):
+        known, card, found = record.info.digest, record.info.card, message.checkpoint.card
+        # requests that wait were matched and tokenised by the card that was registered
+        other = card is not None and (card.task, card.tokenizer_sha256) != (found.task, found.tokenizer_sha256)
+        if other or (known is not None and known != message.checkpoint.digest):
             changed = "its files changed since it was registered; a version is immutable, register a new one"
             self._fail(record, AdapterRejected("CHANGED", str(record.info.id), changed))
             return

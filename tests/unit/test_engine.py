@@ -318,6 +318,16 @@ def test_a_failing_batch_fails_its_requests_and_the_engine_goes_on(make: Callabl
     assert rig.engine.submit(rig.request(0)).result(5).outputs
 
 
+def test_a_tokenizer_that_changes_before_the_first_load_is_refused(make: Callable[..., Rig], tmp_path: Path) -> None:
+    """Requests that wait for the load hold the token ids of the one before."""
+    rig = make(num_adapters=1)
+    folder = save(tmp_path / "a7", 7)
+    rig.engine.register(adapter_id(7), folder).result(5)
+    (folder / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}, "added_tokens": []}')
+    with pytest.raises(AdapterFailed, match="changed since it was registered"):
+        rig.engine.submit(rig.request(7)).result(5)
+
+
 def test_a_token_without_a_row_in_the_embedding_is_refused_before_it_joins_a_batch(make: Callable[..., Rig]) -> None:
     rig = make(num_adapters=1)
     info = rig.engine.load(adapter_id(0)).result(5)
