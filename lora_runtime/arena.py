@@ -8,6 +8,7 @@ Both belong to the engine thread; a loader writes only into a run that no slot p
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ from lora_runtime.types import SiteGroup
 
 ALIGNMENT = 16  # elements: 64 bytes in fp32, a cache line
 BASE_SLOT = -1  # rows that no adapter touches
+_PIECE = 1 << 18  # elements moved at a time: 1 MiB in fp32
 
 
 def align(num_elements: int) -> int:
@@ -40,17 +42,21 @@ class Run:
 class RankArena:
     """One buffer of `dtype` on `device`; runs are allocated best fit and coalesced when freed."""
 
-    def __init__(self, num_bytes: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+    def __init__(
+        self, num_bytes: int, dtype: torch.dtype = torch.float32, device: str = "cpu", *, pin_memory: bool = False
+    ) -> None:
+        """`pin_memory`: page-locked, so that copies to an accelerator overlap with its work."""
         num_elements = num_bytes // dtype.itemsize // ALIGNMENT * ALIGNMENT
         if num_elements <= 0:
             raise CapacityExceeded(f"an arena of {num_bytes} bytes holds nothing; give it more", arena_bytes=num_bytes)
         try:  # [num_elements]; pages come when written
-            self.buffer = torch.empty(num_elements, dtype=dtype, device=device)
+            self.buffer = torch.empty(num_elements, dtype=dtype, device=device, pin_memory=pin_memory)
         except RuntimeError as error:
             message = f"an arena of {num_bytes} bytes cannot be allocated on {device}; give it fewer"
             raise CapacityExceeded(message, arena_bytes=num_bytes) from error
         self._free: list[Run] = [Run(0, num_elements)]  # by offset
         self._used: dict[int, Run] = {}  # by offset
+        self._num_used = 0  # elements
 
     @property
     def num_bytes(self) -> int:
@@ -58,7 +64,12 @@ class RankArena:
 
     @property
     def used_bytes(self) -> int:
-        return sum(run.length for run in self._used.values()) * self.buffer.itemsize
+        return self._num_used * self.buffer.itemsize
+
+    @property
+    def free_elements(self) -> int:
+        """In all free runs together."""
+        return self.buffer.numel() - self._num_used
 
     def can_allocate(self, num_elements: int) -> bool:
         """Whether one free run is long enough."""
@@ -81,18 +92,71 @@ class RankArena:
             insort(self._free, Run(best.offset + length, best.length - length))
         run = Run(best.offset, length)
         self._used[run.offset] = run
+        self._num_used += length
         return run
 
     def free(self, run: Run) -> None:
         """Give a run back; it must be one that `allocate` returned and that is not free already."""
         assert self._used.get(run.offset) == run, f"{run} is not in use"
         del self._used[run.offset]
+        self._num_used -= run.length
         insort(self._free, run)
         at = self._free.index(run)
         for left in (at, at - 1):
             if 0 <= left < len(self._free) - 1 and self._free[left].end == self._free[left + 1].offset:
                 right = self._free.pop(left + 1)
                 self._free[left] = Run(self._free[left].offset, self._free[left].length + right.length)
+
+    def plan_compaction(self, num_elements: int, fixed: Container[Run]) -> tuple[Run, ...] | None:
+        """The runs to move down, in this order, so that `num_elements` fit in one run; None when that cannot be.
+
+        Of all stretches of the buffer that hold enough free elements and no run of `fixed`, the one with the fewest
+        elements to move.
+        """
+        needed = align(max(num_elements, 1))
+        best: tuple[int, tuple[Run, ...]] | None = None
+        for stretch in self._movable_stretches(fixed):
+            first, num_free, num_moved = 0, 0, 0
+            for last, run in enumerate(stretch):
+                num_free, num_moved = self._counted(run, num_free, num_moved, 1)
+                while num_free >= needed:
+                    if best is None or num_moved < best[0]:
+                        best = num_moved, tuple(r for r in stretch[first : last + 1] if r.offset in self._used)
+                    num_free, num_moved = self._counted(stretch[first], num_free, num_moved, -1)
+                    first += 1
+        return None if best is None else best[1]
+
+    def move_down(self, run: Run) -> Run:
+        """Move a used run to the end of what precedes it, its content too; whoever points into it must be told."""
+        before = next((free for free in self._free if free.end == run.offset), None)
+        if before is None:
+            return run
+        moved = Run(before.offset, run.length)
+        for start in range(0, run.length, _PIECE):  # through a piece of its own: the runs may overlap
+            end = min(start + _PIECE, run.length)
+            piece = self.buffer[run.offset + start : run.offset + end].clone()
+            self.buffer[moved.offset + start : moved.offset + end].copy_(piece)
+        after = next((free for free in self._free if free.offset == run.end), Run(run.end, 0))
+        self._free = [free for free in self._free if free not in (before, after)]
+        insort(self._free, Run(moved.end, before.length + after.length))
+        del self._used[run.offset]
+        self._used[moved.offset] = moved
+        return moved
+
+    def _counted(self, run: Run, num_free: int, num_moved: int, sign: int) -> tuple[int, int]:
+        if run.offset in self._used:
+            return num_free, num_moved + sign * run.length
+        return num_free + sign * run.length, num_moved
+
+    def _movable_stretches(self, fixed: Container[Run]) -> Iterator[list[Run]]:
+        stretch: list[Run] = []
+        for run in sorted([*self._free, *self._used.values()]):
+            if run in fixed:
+                yield stretch
+                stretch = []
+            else:
+                stretch.append(run)
+        yield stretch
 
     def view(self, run: Run) -> torch.Tensor:
         """The run's elements, [length]."""
@@ -109,6 +173,7 @@ class RankArena:
                 assert run.offset != last_free_end, f"{run} was not coalesced with the free run before it"
                 last_free_end = run.end
         assert cursor == self.buffer.numel(), f"runs end at {cursor}, the buffer at {self.buffer.numel()}"
+        assert self._num_used == sum(run.length for run in self._used.values()), "used elements were miscounted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +228,12 @@ class SlotTable:
         for group in self.groups:
             self.group_rank[slot, group.index] = sum(int(self._rank[slot, site.index]) for site in group.sites)
         self._published[slot] = placements
+
+    def move(self, slot: int, run: Run) -> None:
+        """Point a published slot at its image's new place; its generation grows, so that no view of the old is used."""
+        placements = self._published.pop(slot)
+        self.generation[slot] += 1
+        self.publish(slot, run, placements)
 
     def release(self, slot: int) -> None:
         """Forget what `slot` points to; its generation grows, so nothing cached for it can be used again."""

@@ -12,18 +12,18 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 
+from lora_runtime.adapter_calls import AdapterCalls
 from lora_runtime.adapters.base_spec import BaseSpec
-from lora_runtime.adapters.loader import AdapterLoader, LoaderMessage
+from lora_runtime.adapters.loader import AdapterLoader, Fetching, LoaderMessage, LocalFolders
 from lora_runtime.arena import RankArena, SlotTable
 from lora_runtime.batch import Resident, Row
-from lora_runtime.catalogue import Catalogue
 from lora_runtime.errors import (
     AdapterFailed,
+    AdapterNotFound,
     AnswerNotFinite,
     DeadlineExpired,
     EngineStopped,
@@ -33,15 +33,16 @@ from lora_runtime.errors import (
 )
 from lora_runtime.futures import settle
 from lora_runtime.heads import output_of
+from lora_runtime.loads import Memory
 from lora_runtime.mailbox import Mailbox
 from lora_runtime.model.runner import Runner
 from lora_runtime.observers import EngineObserver, Observers
-from lora_runtime.residency import Residency, Unloaded
+from lora_runtime.residency import Residency
 from lora_runtime.scheduler import Scheduler, Ticket, Work
+from lora_runtime.tiers import Tier
 from lora_runtime.types import (
     AdapterId,
     AdapterInfo,
-    AdapterState,
     BatchStats,
     Request,
     Result,
@@ -74,20 +75,38 @@ class _Planned:
     residents: dict[AdapterId, Resident]
 
 
-class Engine:
+class Engine(AdapterCalls):
     """Every admitted request gets exactly one terminal reply: a Result or a MultiloraError in its future."""
 
     def __init__(
-        self, base: BaseSpec, runner: Runner, arena: RankArena, slots: SlotTable, settings: EngineSettings
+        self,
+        base: BaseSpec,
+        runner: Runner,
+        arena: RankArena,
+        slots: SlotTable,
+        settings: EngineSettings,
+        *,
+        host: RankArena | None = None,
+        fetcher: Fetching | None = None,
     ) -> None:
+        """`host`: memory for images beside the arena, when that is on an accelerator. Without a `fetcher` adapters come
+        from local folders alone."""
         self._runner = runner
         self._settings = settings
         self._arena = arena
-        self._mailbox = Mailbox()
         self._observers = Observers()
         self._scheduler = Scheduler(max(settings.token_budget, base.max_length), settings.max_batch_sequences)
-        self._loader = AdapterLoader(base, arena.num_bytes, settings.num_loader_threads, self._from_loader)
-        self._residency = Residency(base, arena, slots, self._loader, self._on_adapter, self._on_load_failed)
+        self._loader = AdapterLoader(
+            base,
+            fetcher or LocalFolders(),
+            arena.num_bytes,
+            settings.num_loader_threads,
+            self._from_loader,
+            is_busy=lambda: not self._idle,
+        )
+        memory = Memory(Tier(arena), slots, None if host is None else Tier(host))
+        residency = Residency(base, memory, self._loader, self._observers, self._on_ready, self._fail_waiting)
+        super().__init__(Mailbox(), residency)
         self._thread = threading.Thread(target=self._loop, name="multilora-engine", daemon=True)
         self._drain_until: float | None = None  # set once the engine is draining
         self._swept_at = 0.0
@@ -95,16 +114,6 @@ class Engine:
         self.ended: Future[None] = Future()  # done when the thread ends: with EngineStopped when it failed
 
     # Any thread
-
-    @property
-    def catalogue(self) -> Catalogue:
-        """The registered adapters; safe to read from any thread."""
-        return self._residency.catalogue
-
-    @property
-    def arena_used_bytes(self) -> int:
-        """Bytes of the arena that adapters hold, as last published."""
-        return sum(info.resident_bytes for info in self.catalogue.all())
 
     @property
     def arena_bytes(self) -> int:
@@ -128,24 +137,6 @@ class Engine:
     def cancel(self, request_id: str) -> None:
         """Fail a request with RequestCancelled, unless it has been answered; its sequences leave the queue."""
         self._mailbox.post(lambda: self._cancel(request_id))
-
-    def register(self, adapter: AdapterId, path: Path, *, keep_failed: bool = False) -> Future[AdapterInfo]:
-        """List an adapter after reading its JSON files; no weights are read.
-
-        The future fails with AdapterAlreadyExists, or AdapterRejected; with `keep_failed` a rejected one is listed
-        as FAILED all the same, so that an operator sees it.
-        """
-        return self._mailbox.ask(
-            lambda future: self._residency.register(adapter, path, future, keep_failed=keep_failed)
-        )
-
-    def load(self, adapter: AdapterId) -> Future[AdapterInfo]:
-        """Bring an adapter to READY; a FAILED one is tried again. Fails with AdapterNotFound or AdapterFailed."""
-        return self._mailbox.ask(lambda future: self._residency.load(adapter, future))
-
-    def unload(self, adapter: AdapterId) -> Future[Unloaded]:
-        """Free an adapter's memory between two steps. Requests that still come load it again."""
-        return self._mailbox.ask(lambda future: self._residency.unload(adapter, future))
 
     def hold(self, adapters: Sequence[AdapterId]) -> dict[AdapterId, Resident]:
         """Hold READY adapters for code that drives the runner itself; they stay in memory until the engine stops."""
@@ -201,7 +192,7 @@ class Engine:
             self._mailbox.run_pending(_IDLE_WAIT_S if self._idle else 0)
             self._expire()
             self._step()
-            self._residency.settle()
+            self._residency.settle(self._scheduler.waiting_since)
             self._want_again()
 
     def _step(self) -> None:
@@ -317,7 +308,10 @@ class Engine:
     def _check(self, request: Request) -> None:
         if not request.sequences:
             raise InvalidRequest("sequences", "is empty; a request has at least one")
-        num_ids = self.catalogue.get(request.adapter).card_for(request.task).num_token_ids
+        info = self.catalogue.get(request.adapter)
+        if not info.is_read:
+            raise InvalidRequest("adapter", f"{info.id} has not been read yet; prefetch it before it is asked")
+        num_ids = info.card_for(request.task).num_token_ids
         for index, sequence in enumerate(request.sequences):
             field = f"inputs[{request.input_index(index)}].text"
             if not sequence.num_tokens:
@@ -336,18 +330,21 @@ class Engine:
         """Requests that were queued when their adapter was unloaded or evicted bring it back."""
         for adapter in self._scheduler.wanted():
             if not self._residency.is_ready(adapter) and self._scheduler.waiting_for(adapter):
-                self._residency.want(adapter)
+                try:
+                    self._residency.want(adapter)
+                except MultiloraError as error:
+                    self._fail_waiting(adapter, error)
 
-    def _on_adapter(self, info: AdapterInfo) -> None:
-        if info.state is AdapterState.READY:
-            now = time.monotonic()
-            for ticket in self._scheduler.waiting_for(info.id):
-                ticket.ready_at = min(ticket.ready_at, now)
-        self._observers.on_adapter(info)
+    def _on_ready(self, info: AdapterInfo) -> None:
+        now = time.monotonic()
+        for ticket in self._scheduler.waiting_for(info.id):
+            ticket.ready_at = min(ticket.ready_at, now)
 
-    def _on_load_failed(self, adapter: AdapterId, error: MultiloraError) -> None:
+    def _fail_waiting(self, adapter: AdapterId, error: MultiloraError) -> None:
+        """The adapter cannot be had: whoever waits for it learns why."""
+        refused = isinstance(error, AdapterFailed | AdapterNotFound)
         for ticket in self._scheduler.waiting_for(adapter):
-            self._fail(ticket, AdapterFailed(str(adapter), error))
+            self._fail(ticket, error if refused else AdapterFailed(str(adapter), error))
 
     def _expire(self) -> None:
         """Answer requests whose deadline has passed, so that no batch carries them."""

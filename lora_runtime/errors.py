@@ -7,6 +7,11 @@
     ├── AdapterAlreadyExists      that tenant/name@version is registered
     ├── AdapterRejected           the adapter's files are refused: what, where, and the remedy
     ├── AdapterFailed             the adapter is registered but its last load was refused
+    ├── AdapterInUse              the adapter is pinned, or an alias leads to it: it cannot be unloaded or deleted
+    ├── AliasNotFound             the adapter has no alias of that name
+    ├── NoPreviousVersion         the alias has not moved, so it cannot be rolled back
+    ├── SourceUnavailable         where the adapter's files come from cannot be reached; trying again may help
+    ├── LoadCancelled             a load was given up: the adapter was unloaded or deleted, or the engine stops
     ├── TaskMismatch              the adapter answers another task
     ├── AnswerNotFinite           the adapter's weights overflow on this input: no scores follow from that
     ├── BaseModelUnsupported      the base model cannot be served
@@ -40,6 +45,7 @@ class MultiloraError(Exception):
     """Base of the tree. `reason` is stable; `metadata` has string values only."""
 
     reason = "INTERNAL"
+    retry_after_s: float | None = None  # a hint, where trying again may help
 
     def __init__(self, message: str, **metadata: object) -> None:
         self.message = shown(message)
@@ -114,6 +120,53 @@ class AdapterFailed(MultiloraError):
         message = f"adapter {adapter} could not be loaded: {cause.message}; mend it and load it again"
         super().__init__(message, **metadata)
         self.cause = cause
+        self.retry_after_s = cause.retry_after_s
+
+
+class AdapterInUse(MultiloraError):
+    """The adapter is pinned, or an alias leads to it, so it is not taken away."""
+
+    reason = "ADAPTER_IN_USE"
+
+    def __init__(self, adapter: str, why: str) -> None:
+        super().__init__(f"adapter {adapter} {why}", adapter=adapter)
+
+
+class AliasNotFound(MultiloraError):
+    """The adapter is known, but it has no such alias."""
+
+    reason = "ALIAS_NOT_FOUND"
+
+    def __init__(self, alias: str) -> None:
+        super().__init__(f"alias {alias} does not exist; set it first or check the name", alias=alias)
+
+
+class NoPreviousVersion(MultiloraError):
+    """An alias cannot be rolled back: it has not moved yet."""
+
+    reason = "NO_PREVIOUS_VERSION"
+
+    def __init__(self, alias: str) -> None:
+        super().__init__(f"alias {alias} has not moved, so there is no version to roll it back to", alias=alias)
+
+
+class SourceUnavailable(MultiloraError):
+    """A store cannot be reached."""
+
+    reason = "SOURCE_UNAVAILABLE"
+
+    def __init__(self, url: str, message: str, *, retry_after_s: float = 10.0) -> None:
+        super().__init__(f"{url}: {message}", source=url)
+        self.retry_after_s = retry_after_s
+
+
+class LoadCancelled(MultiloraError):
+    """The load was given up by an unload, a deletion, or the end of the engine."""
+
+    reason = "LOAD_CANCELLED"
+
+    def __init__(self, adapter: str) -> None:
+        super().__init__(f"the load of {adapter} was given up; load it again", adapter=adapter)
 
 
 class TaskMismatch(MultiloraError):
@@ -151,7 +204,7 @@ class BaseModelUnsupported(MultiloraError):
 
 
 class CapacityExceeded(MultiloraError):
-    """A bounded resource is full. `retry_after_s` is a hint in seconds."""
+    """A bounded resource is full."""
 
     reason = "CAPACITY_EXCEEDED"
 

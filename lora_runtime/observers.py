@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from typing import Protocol
 
 from lora_runtime.errors import MultiloraError
-from lora_runtime.types import AdapterInfo, AdapterState, BatchStats, Request, Result
+from lora_runtime.types import AdapterId, AdapterInfo, AdapterState, Alias, BatchStats, Request, Result
 
 logger = logging.getLogger(__name__)
 
 
-class EngineObserver(Protocol):
-    """Told of what happens, in the engine thread: be quick. What it raises is logged and ignored."""
+class EngineObserver:
+    """Told of what happens, in the engine thread: be quick. What it raises is logged and ignored.
+
+    Every method does nothing until it is overridden.
+    """
 
     def on_batch(self, stats: BatchStats) -> None: ...
 
@@ -20,8 +22,14 @@ class EngineObserver(Protocol):
 
     def on_adapter(self, info: AdapterInfo) -> None: ...
 
+    def on_deleted(self, adapter: AdapterId) -> None: ...
 
-class Observers:
+    def on_alias(self, alias: Alias) -> None: ...
+
+    def on_alias_deleted(self, alias: Alias) -> None: ...
+
+
+class Observers(EngineObserver):
     """All of them, as one observer that cannot fail."""
 
     def __init__(self) -> None:
@@ -40,6 +48,16 @@ class Observers:
         _log_state(info)
         self._tell("on_adapter", info)
 
+    def on_deleted(self, adapter: AdapterId) -> None:
+        logger.info("adapter %s is deleted", adapter)
+        self._tell("on_deleted", adapter)
+
+    def on_alias(self, alias: Alias) -> None:
+        self._tell("on_alias", alias)
+
+    def on_alias_deleted(self, alias: Alias) -> None:
+        self._tell("on_alias_deleted", alias)
+
     def _tell(self, event: str, *facts: object) -> None:
         for observer in self._observers:
             try:
@@ -56,6 +74,4 @@ def _log_state(info: AdapterInfo) -> None:
         size, seconds = info.resident_bytes / 2**20, info.load_seconds or 0.0
         logger.info("adapter %s is loaded: %.1f MiB in %.0f ms", info.id, size, 1000 * seconds)
     else:
-        logger.log(
-            logging.INFO if info.state is AdapterState.DRAINING else logging.DEBUG, "%s: %s", info.id, info.state
-        )
+        logger.debug("%s: %s", info.id, info.state)

@@ -12,6 +12,7 @@ from types import TracebackType
 
 import torch
 
+from lora_runtime.adapters.loader import Fetching
 from lora_runtime.answers.spans import Span, best_spans, supports_no_answer
 from lora_runtime.answers.token_classes import SubwordStrategy, TokenLabel, TokenUnit, label_tokens
 from lora_runtime.answers.vectors import unit_length
@@ -23,7 +24,6 @@ from lora_runtime.model.encoder_text import TextEncoder
 from lora_runtime.model.encoders import Encoders
 from lora_runtime.model.load import load_base
 from lora_runtime.model.runner import PackedRunner
-from lora_runtime.residency import Unloaded
 from lora_runtime.types import (
     DEFAULT_TENANT,
     AdapterId,
@@ -40,6 +40,7 @@ from lora_runtime.types import (
     Timings,
     TokenClassification,
     TokenSequence,
+    Unloaded,
 )
 
 
@@ -67,8 +68,10 @@ class Prediction:
 class Runtime:
     """One base, its engine and its tokenizer. Use it in a `with` block, or call `close`."""
 
-    def __init__(self, base: str | Path, settings: RuntimeSettings | None = None) -> None:
-        """Load the base; raises BaseModelUnsupported."""
+    def __init__(
+        self, base: str | Path, settings: RuntimeSettings | None = None, fetcher: Fetching | None = None
+    ) -> None:
+        """Load the base; raises BaseModelUnsupported. Without a `fetcher` adapters come from local folders alone."""
         settings = settings or RuntimeSettings()
         if settings.dtype != "float32":
             raise BaseModelUnsupported(f"dtype {settings.dtype!r} is not served; float32 is", dtype=settings.dtype)
@@ -91,6 +94,7 @@ class Runtime:
                 settings.num_loader_threads,
                 settings.num_threads,
             ),
+            fetcher=fetcher,
         )
         self.engine.start()
         self._request_numbers = itertools.count(1)
@@ -208,6 +212,8 @@ class Runtime:
     def _resolve(self, adapter: str, task: Task) -> tuple[AdapterInfo, TextEncoder, int | None]:
         """The adapter, its encoder, and its own limit of tokens."""
         info = self.engine.catalogue.resolve(AdapterRef.parse(adapter))
+        if not info.is_read:
+            info = self.engine.prefetch(info.id).result()
         card = info.card_for(task)
         return info, self.encoder_for(info), card.max_length
 

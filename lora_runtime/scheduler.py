@@ -83,6 +83,10 @@ class Scheduler:
         """Adapters that have requests queued."""
         return tuple(self._queues)
 
+    def waiting_since(self) -> dict[AdapterId, float]:
+        """The submission of the oldest request that is queued for each adapter."""
+        return {adapter: self._queues[adapter][0].submitted_at for adapter in self._live_queues()}
+
     def finish(self, ticket: Ticket) -> None:
         """Forget a request that has had its terminal reply; one that still waits leaves its queue."""
         ticket.done = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,8 @@ DEFAULT_TENANT = "default"
 BASE_NAME = "base"  # reserved: the base model without an adapter
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_RESOURCE = re.compile(r"tenants/([^/]+)/adapters/([^/]+)(?:/versions/([^/]+))?")
+DEFAULT_ALIAS = "default"  # what a bare name follows
+_RESOURCE = re.compile(r"tenants/([^/]+)/adapters/([^/]+)(?:/(versions|aliases)/([^/]+))?")
 
 
 class Task(StrEnum):
@@ -72,32 +74,90 @@ class AdapterId:
 
 @dataclass(frozen=True, slots=True)
 class AdapterRef:
-    """A reference as a caller writes it; `version` is None for a bare name, which follows the alias `default`."""
+    """A reference as a caller writes it: a version, or an alias, which is `default` for a bare name."""
 
     tenant: str
     name: str
     version: int | None
+    alias: str = DEFAULT_ALIAS  # followed where `version` is None
 
     @classmethod
     def parse(cls, text: str, tenant: str = DEFAULT_TENANT) -> AdapterRef:
-        """Parse `[tenant/]name[@version]` or `tenants/T/adapters/A[/versions/V]`; `tenant` is the caller's own.
+        """Parse `[tenant/]name[@version|@alias]` or `tenants/T/adapters/A[/versions/V|/aliases/L]`.
 
-        Raises InvalidRequest on field `adapter` when `text` is none of these.
+        `tenant` is the caller's own. Raises InvalidRequest on field `adapter` when `text` is none of these.
         """
         if resource := _RESOURCE.fullmatch(text):
-            tenant, name, version = resource.groups()
+            tenant, name, kind, tail = resource.groups()
         else:
-            path, _, tail = text.partition("@")
-            version = tail if "@" in text else None
+            path, _, after = text.partition("@")
+            tail = after if "@" in text else None
             own, _, name = path.rpartition("/")
             tenant = own or tenant
+            kind = "aliases" if tail and is_alias_name(tail) else "versions"
         check_name("adapter", name)
         check_name("adapter", tenant)
-        return cls(tenant, name, None if version is None else parse_version(version))
+        if tail is None:
+            return cls(tenant, name, None)
+        if kind == "aliases":
+            check_alias_name("adapter", tail)
+            return cls(tenant, name, None, tail)
+        return cls(tenant, name, parse_version(tail))
 
     def __str__(self) -> str:
-        suffix = "" if self.version is None else f"@{self.version}"
+        if self.version is not None:
+            return f"{self.tenant}/{self.name}@{self.version}"
+        suffix = "" if self.alias == DEFAULT_ALIAS else f"@{self.alias}"
         return f"{self.tenant}/{self.name}{suffix}"
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """A movable name of one adapter's versions; with a canary, a share of the requests goes to a second one."""
+
+    tenant: str
+    adapter: str
+    name: str
+    version: int
+    canary_version: int | None = None
+    canary_percent: float = 0.0  # of the requests, by their routing key
+    previous_version: int | None = None  # before the last move
+
+    @property
+    def resource_name(self) -> str:
+        return f"tenants/{self.tenant}/adapters/{self.adapter}/aliases/{self.name}"
+
+    def __str__(self) -> str:
+        return f"{self.tenant}/{self.adapter}@{self.name}"
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """The one or two versions it leads to."""
+        return (self.version,) if self.canary_version is None else (self.version, self.canary_version)
+
+    def choose(self, routing_key: str) -> int:
+        """The version that answers requests with this key.
+
+        The key's place between 0 and 100 does not depend on the percentage, so a canary that grows keeps its keys.
+        """
+        if self.canary_version is None:
+            return self.version
+        digest = hashlib.sha256(f"{self}\0{routing_key}".encode()).digest()
+        place = int.from_bytes(digest[:8], "big") / 2**64 * 100
+        return self.canary_version if place < self.canary_percent else self.version
+
+
+def is_alias_name(text: str) -> bool:
+    """Whether `text` is a name that cannot be meant as a version."""
+    return bool(_NAME.fullmatch(text)) and not text[0].isdigit()
+
+
+def check_alias_name(field_name: str, value: str) -> None:
+    """Raise InvalidRequest unless `value` is a name that begins with a letter."""
+    if not is_alias_name(value):
+        raise InvalidRequest(
+            field_name, f"{value[:140]!r} is not an alias: 1 to 128 letters, digits, '.', '_' or '-', a letter first"
+        )
 
 
 def check_name(field_name: str, value: str) -> None:
@@ -173,27 +233,45 @@ class AdapterInfo:
     """One adapter as others may see it: an immutable snapshot, replaced when anything changes."""
 
     id: AdapterId
-    path: Path
+    source: str  # a folder or a URL
+    path: Path | None  # where its files lie; None while those of a URL are not fetched
     state: AdapterState
-    card: AdapterCard | None  # None when the JSON files themselves were refused
+    card: AdapterCard | None  # None until its JSON files are read, and when they were refused
     digest: str | None = None  # SHA-256 over the content, known after the first load
+    revision: str | None = None  # what a URL was pinned to
     failure: MultiloraError | None = None
     resident_bytes: int = 0  # bytes of the arena
+    host_bytes: int = 0  # bytes of host memory beside it
+    pinned: bool = False  # not evicted
     num_parameters: int = 0
     ranks: tuple[int, ...] = ()  # distinct, ascending
     load_seconds: float | None = None
 
+    @property
+    def is_read(self) -> bool:
+        """Whether its JSON files have been read: it has a card, or was refused for lack of one."""
+        return self.card is not None or self.failure is not None
+
     def card_for(self, task: Task) -> AdapterCard:
-        """The card of an adapter that is asked for `task`.
+        """The card of an adapter that is asked for `task`; only of one that is read.
 
         Raises AdapterFailed where its JSON files were refused, TaskMismatch where it answers another task.
         """
         if self.card is None:
-            assert self.failure is not None, f"{self.id} has neither a card nor a failure"
+            assert self.failure is not None, f"{self.id} has not been read"
             raise AdapterFailed(str(self.id), self.failure)
         if self.card.task is not task:
             raise TaskMismatch(str(self.id), task, self.card.task)
         return self.card
+
+
+@dataclass(frozen=True, slots=True)
+class Unloaded:
+    """The adapter after an unload or a deletion, and the bytes each tier got back."""
+
+    info: AdapterInfo
+    freed_bytes: int  # of the arena
+    freed_host_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

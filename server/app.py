@@ -9,14 +9,18 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from typing import TypeVar
 
 from grpc import aio
 from grpc_health.v1 import health
 from grpc_reflection.v1alpha import reflection
 
-from lora_runtime.types import DEFAULT_TENANT, AdapterInfo, AdapterState
+from lora_runtime.types import AdapterInfo, AdapterState
 from server.admission import Admission
 from server.backend import Backend, BackendSlot, completion
+from server.control.events import EventLog, EventObserver
+from server.control.setup import Control
+from server.control.watcher import RootWatcher
 from server.metrics import EngineMetrics, MetricsEndpoint, ServerMetrics
 from server.pb.multilora.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 from server.rpc.adapters import AdapterService
@@ -24,7 +28,7 @@ from server.rpc.health import Health
 from server.rpc.inference import InferenceService
 from server.rpc.interceptors import RpcInterceptor
 from server.settings import MIB, ServeSettings
-from server.startup import BackendFactory, StartupError, load_runtime, prepare_backend
+from server.startup import BackendFactory, Prepared, StartupError, load_runtime
 from server.tokenize import TokenizerPool
 
 SERVICES: tuple[str, ...] = (
@@ -33,6 +37,8 @@ SERVICES: tuple[str, ...] = (
 )
 # By then no RPC is left, so the engine has at most one batch to finish.
 _ENGINE_DRAIN_S = 1.0
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -49,8 +55,11 @@ class App:
         self._factory = factory
         self._slot = BackendSlot()
         self._backend: Backend | None = None
-        self._loading: Future[Backend] | None = None
+        self._loading: Future[Prepared] | None = None
         self._metrics = ServerMetrics()
+        self._events = EventLog()
+        self._control = Control(settings, self._slot)
+        self._watching: asyncio.Task[None] | None = None
         self._admission = Admission(settings.max_queued_sequences)
         self._tokenizers = TokenizerPool(settings.tokenizer_threads)
         self._health = Health(SERVICES)
@@ -99,8 +108,8 @@ class App:
 
     async def load(self, stop: asyncio.Event) -> bool:
         """Load base and preloads, then serve. False when `stop` was set meanwhile."""
-        observer = EngineMetrics(self._metrics)
-        self._loading = _in_daemon_thread(lambda: prepare_backend(self._settings, self._factory, observer))
+        observers = (EngineMetrics(self._metrics), EventObserver(self._events))
+        self._loading = _in_daemon_thread(lambda: self._control.prepare(self._factory, observers))
         loaded = asyncio.ensure_future(completion(self._loading))
         stopped = asyncio.ensure_future(stop.wait())
         await asyncio.wait({loaded, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -108,8 +117,12 @@ class App:
         if not loaded.done():
             loaded.cancel()
             return False
-        self._backend = loaded.result()
+        prepared = loaded.result()
+        self._backend = prepared.backend
         self._slot.publish(self._backend)
+        if self._settings.watch_seconds:
+            watcher = RootWatcher(self._control.plane, self._settings.adapters, prepared.scan)
+            self._watching = asyncio.create_task(watcher.run(self._settings.watch_seconds))
         await self._health.serve()
         return True
 
@@ -120,10 +133,14 @@ class App:
             if self._backend is not None:
                 await asyncio.sleep(self._settings.drain_delay)
             await self._server.stop(self._settings.grace)
+        if self._watching is not None:
+            self._watching.cancel()
+        await self._control.plane.close()
         self._slot.withdraw()
         backend = self._backend or await self._late_backend()
         if backend is not None:
             await asyncio.to_thread(backend.close, _ENGINE_DRAIN_S)
+        self._control.close()
         self._tokenizers.close()
         if self._endpoint is not None:
             await asyncio.to_thread(self._endpoint.close)
@@ -131,7 +148,8 @@ class App:
     def summary(self) -> str:
         """What people read when the server is up."""
         assert self._backend is not None, "there is nothing to announce before the backend is loaded"
-        adapters = self._backend.engine.catalogue.list(DEFAULT_TENANT)
+        adapters = self._backend.engine.catalogue.all()
+        state = self._settings.state or "not kept: registrations and aliases end with the server (--state keeps them)"
         return "\n".join(
             (
                 "multilora is serving",
@@ -139,6 +157,7 @@ class App:
                 f"  metrics   http://{_address(self._settings.host, self.metrics_port)}/metrics",
                 f"  base      {self._backend.base_name}",
                 f"  adapters  {_census(adapters)}",
+                f"  state     {state}",
             )
         )
 
@@ -167,7 +186,7 @@ class App:
             server,
         )
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(
-            AdapterService(self._slot, self._settings.adapters), server
+            AdapterService(self._control.plane, self._events), server
         )
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         return server
@@ -191,7 +210,7 @@ class App:
         if self._loading is None:
             return None
         try:
-            return await asyncio.wait_for(completion(self._loading), self._settings.grace)
+            return (await asyncio.wait_for(completion(self._loading), self._settings.grace)).backend
         except TimeoutError:
             return None
         except Exception as error:  # noqa: BLE001 - `load` has raised it, or nobody needs the base any more
@@ -225,8 +244,8 @@ def _cannot_listen(flag: str, host: str, port: int, error: OSError) -> StartupEr
     return StartupError(f"--host, {flag}: cannot listen on {_address(host, port)} ({error.strerror})")
 
 
-def _in_daemon_thread(work: Callable[[], Backend]) -> Future[Backend]:
-    future: Future[Backend] = Future()
+def _in_daemon_thread(work: Callable[[], T]) -> Future[T]:
+    future: Future[T] = Future()
 
     def run() -> None:
         try:

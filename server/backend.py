@@ -7,39 +7,22 @@ command line answers at once; tests put a fake in its place.
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from lora_runtime.adapters.sources.api import Origin
+from lora_runtime.catalogue import Catalogue
 from lora_runtime.errors import EngineStopped, MultiloraError
-from lora_runtime.types import AdapterId, AdapterInfo, AdapterRef, BatchStats, Request, Result, TokenSequence
+from lora_runtime.observers import EngineObserver
+from lora_runtime.types import AdapterId, AdapterInfo, Alias, Request, Result, TokenSequence, Unloaded
 
 if TYPE_CHECKING:  # brings torch and transformers
     from lora_runtime.model.encoder_text import TokenText, Window
-    from lora_runtime.residency import Unloaded
 
 T = TypeVar("T")
-
-
-class EngineObserver(Protocol):
-    """Told of every step, from the engine's thread; must be quick and must not raise."""
-
-    def on_batch(self, stats: BatchStats) -> None: ...
-
-    def on_result(self, request: Request, result: Result | MultiloraError) -> None: ...
-
-    def on_adapter(self, info: AdapterInfo) -> None: ...
-
-
-class Catalogue(Protocol):
-    """An immutable snapshot of the registered adapters; safe from any thread."""
-
-    def resolve(self, ref: AdapterRef) -> AdapterInfo: ...
-
-    def list(self, tenant: str) -> Sequence[AdapterInfo]: ...
-
-    def versions(self, tenant: str, name: str) -> Sequence[int]: ...
 
 
 class Engine(Protocol):
@@ -49,21 +32,47 @@ class Engine(Protocol):
 
     def cancel(self, request_id: str) -> None: ...
 
-    def register(self, adapter: AdapterId, path: Path, *, keep_failed: bool = False) -> Future[AdapterInfo]: ...
+    def register(
+        self, adapter: AdapterId, origin: Origin | Path, *, examine: bool = True, keep_failed: bool = False
+    ) -> Future[AdapterInfo]: ...
+
+    def examine(self, adapter: AdapterId) -> Future[AdapterInfo]: ...
+
+    def prefetch(self, adapter: AdapterId) -> Future[AdapterInfo]: ...
 
     def load(self, adapter: AdapterId) -> Future[AdapterInfo]: ...
 
+    def pin(self, adapter: AdapterId, *, pinned: bool = True) -> Future[AdapterInfo]: ...
+
     def unload(self, adapter: AdapterId) -> Future[Unloaded]: ...
+
+    def delete(self, adapter: AdapterId, *, force: bool = False) -> Future[Unloaded]: ...
+
+    def set_alias(self, alias: Alias) -> Future[Alias]: ...
+
+    def delete_alias(self, tenant: str, name: str, alias: str) -> Future[Alias]: ...
 
     def add_observer(self, observer: EngineObserver) -> None: ...
 
     @property
-    def catalogue(self) -> Catalogue: ...
+    def catalogue(self) -> Catalogue:
+        """Safe to read from any thread."""
+        ...
 
     @property
     def ended(self) -> Future[None]:
         """Done when the thread ends, with an error when it failed."""
         ...
+
+
+class Fetching(Protocol):
+    """Where the files of URLs come from: `lora_runtime.adapters.sources.fetch.Fetcher`."""
+
+    def resolve(self, url: str, stop: threading.Event) -> Origin: ...
+
+    def cached_bytes(self, origin: Origin) -> int: ...
+
+    def evict(self, origin: Origin) -> int: ...
 
 
 class TextEncoder(Protocol):

@@ -75,7 +75,9 @@ def _flag(setting: str) -> Any:
 @app.command()
 def serve(
     base: Annotated[str | None, _flag("base")] = None,
-    adapters: Annotated[Path | None, _flag("adapters")] = None,
+    adapters: Annotated[str | None, _flag("adapters")] = None,
+    state: Annotated[Path | None, _flag("state")] = None,
+    sources: Annotated[str | None, _flag("sources")] = None,
     host: Annotated[str | None, _flag("host")] = None,
     port: Annotated[int | None, _flag("port")] = None,
     metrics_port: Annotated[int | None, _flag("metrics_port")] = None,
@@ -84,6 +86,9 @@ def serve(
     tokenizer_threads: Annotated[int | None, _flag("tokenizer_threads")] = None,
     loader_threads: Annotated[int | None, _flag("loader_threads")] = None,
     arena_mib: Annotated[int | None, _flag("arena_mib")] = None,
+    cache_mib: Annotated[int | None, _flag("cache_mib")] = None,
+    max_upload_mib: Annotated[int | None, _flag("max_upload_mib")] = None,
+    watch_seconds: Annotated[float | None, _flag("watch_seconds")] = None,
     token_budget: Annotated[int | None, _flag("token_budget")] = None,
     max_batch_sequences: Annotated[int | None, _flag("max_batch_sequences")] = None,
     max_inputs: Annotated[int | None, _flag("max_inputs")] = None,

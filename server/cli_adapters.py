@@ -6,12 +6,14 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperGroup
+from typer.main import get_command
 
 from lora_runtime.errors import MultiloraError
 
@@ -19,7 +21,29 @@ if TYPE_CHECKING:  # brings torch
     from lora_runtime.adapters.base_spec import BaseSpec
     from lora_runtime.adapters.inspect import Inspection, ModuleReport
 
-adapters_app = typer.Typer(help="Examine adapter folders.", no_args_is_help=True, add_completion=False)
+
+class _Group(TyperGroup):
+    """`inspect` is here; the commands that need a running server, and gRPC, are imported when one is used or listed."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *_control().list_commands(ctx)]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return super().get_command(ctx, cmd_name) or _control().get_command(ctx, cmd_name)
+
+
+def _control() -> Any:
+    from server.control_cli.commands import control_app
+
+    return get_command(control_app)
+
+
+adapters_app = typer.Typer(
+    cls=_Group,
+    help="Examine adapter folders, and manage the adapters of a running server.",
+    no_args_is_help=True,
+    add_completion=False,
+)
 
 _LAYER = r"(?<=\.)\d+(?=\.)"  # its number in a module path
 _MAX_LABELS = 12
@@ -29,7 +53,7 @@ _MIN_WIDTH = 110  # module paths are long: a pipe or a narrow terminal wraps the
 
 @adapters_app.callback()
 def _group() -> None:  # pyright: ignore[reportUnusedFunction] - keeps `inspect` a command of its own name
-    """Examine adapter folders."""
+    """Examine adapter folders, and manage the adapters of a running server."""
 
 
 @adapters_app.command(no_args_is_help=True)

@@ -23,6 +23,7 @@ from prometheus_client import (
 )
 
 from lora_runtime.errors import MultiloraError
+from lora_runtime.observers import EngineObserver
 from lora_runtime.types import AdapterId, AdapterInfo, AdapterState, BatchStats, Request, Result
 
 Metric: TypeAlias = Counter | Gauge | Histogram
@@ -126,6 +127,10 @@ class ServerMetrics:
         self._states[after].inc()
         self._gauge("multilora_arena_used_bytes").inc(resident_bytes_change)
 
+    def forget_adapter(self, state: AdapterState, resident_bytes: int) -> None:
+        self._states[state].dec()
+        self._gauge("multilora_arena_used_bytes").dec(resident_bytes)
+
     def _counter(self, name: str) -> Counter:
         metric = self._metrics[name]
         assert isinstance(metric, Counter), name
@@ -142,7 +147,7 @@ class ServerMetrics:
         return metric
 
 
-class EngineMetrics:
+class EngineMetrics(EngineObserver):
     """An engine observer that fills the metrics. Called in the engine's thread alone."""
 
     def __init__(self, metrics: ServerMetrics) -> None:
@@ -168,6 +173,10 @@ class EngineMetrics:
             self._metrics.observe_load(info.load_seconds)
         if info.state is AdapterState.FAILED and info.failure is not None:
             self._metrics.count_load_failure(info.failure.metadata.get("code", info.failure.reason))
+
+    def on_deleted(self, adapter: AdapterId) -> None:
+        state, num_bytes = self._adapters.pop(adapter)
+        self._metrics.forget_adapter(state, num_bytes)
 
 
 class MetricsEndpoint:

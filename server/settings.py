@@ -28,7 +28,19 @@ class ServeSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     base: str = Field(min_length=1, description="The base model: a folder, or a name on the Hugging Face hub.")
-    adapters: Path = Field(description="Folder whose sub-folders are adapters; each is registered as NAME@1.")
+    adapters: str = Field(
+        min_length=1,
+        description="Where the adapters are: a folder, or a URL such as s3://bucket/adapters. TENANT/ADAPTER/VERSION/, "
+        "ADAPTER/VERSION/, or ADAPTER/ (version 1) below it. It is watched.",
+    )
+    state: Path | None = Field(
+        None,
+        description="Folder that keeps registrations, uploads, pins and aliases over restarts. Default: they are "
+        "forgotten, and nothing can be uploaded.",
+    )
+    sources: tuple[str, ...] = Field(
+        (), description="URL prefixes that clients may register adapters from, separated by commas, such as hf://org."
+    )
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on, for gRPC and for metrics.")
     port: _Port = Field(50051, description="gRPC port; 0 takes any free one.")
     metrics_port: _Port = Field(9090, description="HTTP port of /metrics; 0 takes any free one.")
@@ -39,6 +51,11 @@ class ServeSettings(BaseModel):
     tokenizer_threads: _Count = Field(2, description="Threads that tokenise.")
     loader_threads: _Count = Field(1, description="Threads that read and validate adapters.")
     arena_mib: _Count = Field(512, description="MiB of device memory for adapters.")
+    cache_mib: _Count = Field(4096, description="MiB of disk for the files of adapters that come from URLs.")
+    max_upload_mib: _Count = Field(1024, description="MiB of the largest upload.")
+    watch_seconds: _Seconds = Field(
+        5.0, description="Seconds between two looks at the adapter folder; 0: only at start."
+    )
     token_budget: _Count = Field(2048, description="Most tokens in one batch.")
     max_batch_sequences: _Count = Field(256, description="Most sequences in one batch.")
     max_inputs: _Count = Field(256, description="Most inputs in one request.")
@@ -55,7 +72,7 @@ class ServeSettings(BaseModel):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
 
-    @field_validator("preload", mode="before")
+    @field_validator("preload", "sources", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):
@@ -72,11 +89,25 @@ class ServeSettings(BaseModel):
                 raise ValueError(error.description) from error
         return value
 
+    @field_validator("adapters", mode="before")
+    @classmethod
+    def _as_text(cls, value: object) -> object:
+        return str(value) if isinstance(value, Path) else value
+
     @field_validator("adapters")
     @classmethod
-    def _is_a_folder(cls, value: Path) -> Path:
-        if not value.is_dir():
+    def _is_a_folder_or_url(cls, value: str) -> str:
+        if "://" not in value and not Path(value).is_dir():
             raise ValueError(f"{value} is not a folder")
+        return value
+
+    @field_validator("sources")
+    @classmethod
+    def _are_urls(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for prefix in value:
+            scheme, mark, rest = prefix.partition("://")
+            if not mark or not rest.strip("/") or scheme in ("file", "local", "reference"):
+                raise ValueError(f"{prefix!r} is no URL prefix such as s3://bucket/adapters or hf://org")
         return value
 
     @model_validator(mode="after")

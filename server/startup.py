@@ -1,18 +1,24 @@
-"""From settings to a backend that may serve: load the base, register the folder, preload. All blocks."""
+"""From settings to a backend that may serve: load the base, list what is known, preload. All blocks."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from concurrent.futures import Future
-from pathlib import Path
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from lora_runtime.errors import InvalidRequest, MultiloraError
-from lora_runtime.types import DEFAULT_TENANT, AdapterId, AdapterInfo, AdapterRef
-from server.backend import Backend, Engine, EngineObserver
+from lora_runtime.adapters.sources.api import Origin
+from lora_runtime.adapters.sources.fetch import Fetcher
+from lora_runtime.adapters.sources.scan import Scan, scan_root
+from lora_runtime.errors import MultiloraError
+from lora_runtime.observers import EngineObserver
+from lora_runtime.types import DEFAULT_ALIAS, AdapterRef
+from server.backend import Backend, Engine
+from server.control.places import Places
+from server.control.state import Changes, StateStore
 from server.settings import MIB, ServeSettings
 
-CONFIG_FILE = "adapter_config.json"
+_EXAMINE_WAIT_S = 5.0  # so that folders that are refused are known when the server says it is up
 
 _log = logging.getLogger(__name__)
 
@@ -21,10 +27,10 @@ class StartupError(Exception):
     """The server cannot start; the message says what to change."""
 
 
-BackendFactory = Callable[[ServeSettings], Backend]
+BackendFactory = Callable[[ServeSettings, Fetcher], Backend]
 
 
-def load_runtime(settings: ServeSettings) -> Backend:
+def load_runtime(settings: ServeSettings, fetcher: Fetcher) -> Backend:
     """The real backend, imported only now: torch takes seconds, in which health is already answered."""
     from lora_runtime.runtime import Runtime, RuntimeSettings
 
@@ -37,51 +43,106 @@ def load_runtime(settings: ServeSettings) -> Backend:
             num_loader_threads=settings.loader_threads,
             num_threads=settings.threads,
         ),
+        fetcher,
     )
 
 
-def prepare_backend(settings: ServeSettings, factory: BackendFactory, observer: EngineObserver) -> Backend:
-    """A backend with the folder registered and the preloads resident; raises StartupError."""
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A backend that may serve, and what was found under the root."""
+
+    backend: Backend
+    scan: Scan
+
+
+def prepare_backend(
+    settings: ServeSettings,
+    factory: BackendFactory,
+    fetcher: Fetcher,
+    observers: Sequence[EngineObserver],
+    store: StateStore,
+    places: Places,
+) -> Prepared:
+    """A backend with everything listed that is under the root or was kept, and the preloads resident."""
+    scan = _scan(settings.adapters)
     try:
-        backend = factory(settings)
+        backend = factory(settings, fetcher)
     except (MultiloraError, OSError, ValueError) as error:
         raise StartupError(f"--base: {_first_line(error)}") from error
     try:
-        backend.engine.add_observer(observer)
-        register_folder(backend.engine, settings.adapters)
+        for observer in observers:
+            backend.engine.add_observer(observer)
+        _register(backend.engine, scan, store, places)
+        _restore(backend.engine, store)
+        _wait_for_examination(backend.engine)
         preload(backend.engine, settings.preload)
     except BaseException:
         backend.close(0.0)
         raise
-    return backend
+    return Prepared(backend, scan)
 
 
-def register_folder(engine: Engine, root: Path) -> None:
-    """Register each adapter folder as `default/FOLDER@1`; a refused one is kept, with its reason."""
-    pending: list[tuple[Path, Future[AdapterInfo]]] = []
-    for folder in sorted(path for path in root.iterdir() if _is_adapter(path)):
-        try:
-            adapter = AdapterId(DEFAULT_TENANT, folder.name, 1)
-        except InvalidRequest as error:
-            _log.warning("adapter folder %s is skipped: %s; rename it", folder.name, error.description)
-            continue
-        pending.append((folder, engine.register(adapter, folder, keep_failed=True)))
-    for folder, future in pending:
-        try:
-            future.result()  # one that is kept as refused has been logged by the engine
-        except MultiloraError as error:
-            _log.warning("adapter %s is refused: %s", folder.name, error.message)
-
-
-def _is_adapter(folder: Path) -> bool:
+def _scan(root: str) -> Scan:
     try:
-        if (folder / CONFIG_FILE).is_file():
-            return True
-        # PEFT saves an adapter that has a name in a sub-folder of that name
-        return folder.is_dir() and any((child / CONFIG_FILE).is_file() for child in folder.iterdir())
-    except OSError as error:  # a folder of somebody else, such as lost+found at the root of a volume
-        _log.warning("folder %s is skipped: %s", folder.name, error.strerror)
-        return False
+        scan = scan_root(root)
+    except OSError as error:
+        raise StartupError(f"--adapters: {root} cannot be read: {error.strerror or error}") from error
+    except MultiloraError as error:
+        raise StartupError(f"--adapters: {error.message}") from error
+    for name, reason in scan.skipped.items():
+        _log.warning("folder %s is skipped: %s", name, reason)
+    return scan
+
+
+def _register(engine: Engine, scan: Scan, store: StateStore, places: Places) -> None:
+    """List the folders of the root, lowest version first, then what clients registered."""
+    listed = [
+        (adapter, engine.register(adapter, Origin(found.url), examine=False))
+        for adapter, found in sorted(scan.found.items())
+    ]
+    listed += [
+        (kept.id, engine.register(kept.id, places.origin(kept), examine=False))
+        for kept in store.registrations()
+        if kept.id not in scan.found
+    ]
+    for adapter, future in listed:
+        try:
+            future.result()
+        except MultiloraError as error:
+            _log.warning("adapter %s is not listed: %s", adapter, error.message)
+
+
+def _restore(engine: Engine, store: StateStore) -> None:
+    """Aliases as they were, then pins; and where a bare name leads is kept from now on."""
+    kept = store.aliases()
+    for alias in kept:
+        try:
+            engine.set_alias(alias).result()
+        except MultiloraError as error:
+            _log.warning("alias %s is not restored: %s", alias, error.message)
+    known = {(alias.tenant, alias.adapter) for alias in kept if alias.name == DEFAULT_ALIAS}
+    aliases = engine.catalogue.aliases()
+    new = tuple(a for a in aliases if a.name == DEFAULT_ALIAS and (a.tenant, a.adapter) not in known)
+    if new:
+        store.commit(Changes(put_aliases=new))
+    for adapter in sorted(store.pins()):
+        engine.pin(adapter).add_done_callback(
+            lambda future, adapter=adapter: (
+                _log.warning("adapter %s cannot be pinned: %s", adapter, error)
+                if (error := future.exception()) is not None
+                else None
+            )
+        )
+
+
+def _wait_for_examination(engine: Engine) -> None:
+    deadline = time.monotonic() + _EXAMINE_WAIT_S
+    waiting = engine.catalogue.all()
+    while waiting and time.monotonic() < deadline:
+        time.sleep(0.005)
+        waiting = [info for info in waiting if info.path is not None and not engine.catalogue.get(info.id).is_read]
+    if waiting:
+        _log.info("%d adapters are still to be examined, which goes on while requests are answered", len(waiting))
 
 
 def preload(engine: Engine, references: tuple[str, ...]) -> None:

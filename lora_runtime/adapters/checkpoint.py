@@ -68,7 +68,13 @@ def read_checkpoint(folder: Path, base: BaseSpec, max_bytes: int) -> Checkpoint:
     The digest is of the very bytes that are parsed. Raises AdapterRejected, naming file, tensor or field.
     """
     plan = plan_adapter(folder, base, Findings())
-    assert plan is not None and plan.card is not None
+    assert plan is not None
+    return read_planned(plan, base, max_bytes)
+
+
+def read_planned(plan: AdapterPlan, base: BaseSpec, max_bytes: int) -> Checkpoint:
+    """As `read_checkpoint`, of a folder that is planned."""
+    assert plan.card is not None
     _check_size(plan, max(plan.num_bytes, plan.num_stored_bytes // _MAX_STORED_RATIO), max_bytes)
     files = {name: plan.folder.read_weights(name) for name in plan.folder.weights}
     _check_planned(plan, files)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_runtime.adapters.config import CONFIG_FILE
-from lora_runtime.adapters.fingerprint import content_digest
+from lora_runtime.adapters.digests import content_digest
 from lora_runtime.adapters.header import TensorRef, read_header
 from lora_runtime.adapters.metadata import MAX_JSON_BYTES, METADATA_FILE, parse_json, parse_json_object
 from lora_runtime.errors import AdapterRejected

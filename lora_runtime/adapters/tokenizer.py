@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from lora_runtime.adapters.base_spec import BaseSpec
-from lora_runtime.adapters.fingerprint import content_digest
+from lora_runtime.adapters.digests import content_digest
 from lora_runtime.adapters.folder import AdapterFolder
 from lora_runtime.adapters.metadata import parse_json_object
 from lora_runtime.errors import AdapterRejected

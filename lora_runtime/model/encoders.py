@@ -7,7 +7,6 @@ import os
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future
-from pathlib import Path
 
 from transformers import AutoTokenizer
 
@@ -49,13 +48,13 @@ class Encoders:
             if len(self._cached) > MAX_CACHED:
                 self._cached.popitem(last=False)
         if loads:
-            self._load(info.path, digest, future)
+            self._load(info, digest, future)
         return future.result()
 
-    def _load(self, folder: Path, digest: str, future: Future[TextEncoder]) -> None:
+    def _load(self, info: AdapterInfo, digest: str, future: Future[TextEncoder]) -> None:
         """Settle `future`; a failure is not kept, since the folder may be mended."""
         try:
-            future.set_result(_read_encoder(folder, digest, self.base))
+            future.set_result(_read_encoder(info, digest, self.base))
         except BaseException as error:  # whatever it is, those who wait must learn of it
             with self._lock:
                 if self._cached.get(digest) is future:
@@ -64,9 +63,11 @@ class Encoders:
             raise
 
 
-def _read_encoder(folder: Path, digest: str, base: TextEncoder) -> TextEncoder:
+def _read_encoder(info: AdapterInfo, digest: str, base: TextEncoder) -> TextEncoder:
     try:
-        opened = open_folder(folder)  # config.json is no link out of it, nor is any file of the tokenizer
+        if info.path is None:  # those of a URL were fetched, and left the disk again
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        opened = open_folder(info.path)  # config.json is no link out of it, nor is any file of the tokenizer
         path = opened.find(TOKENIZER_FILE)  # in the folder, or in the sub-folder of a named adapter
         if path is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))

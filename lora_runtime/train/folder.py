@@ -14,7 +14,7 @@ from peft import PeftConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save
 
-from lora_runtime.adapters.fingerprint import file_digests
+from lora_runtime.adapters.digests import file_digests
 from lora_runtime.adapters.metadata import AdapterMetadata
 from lora_runtime.errors import InvalidRequest
 

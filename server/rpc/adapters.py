@@ -1,159 +1,277 @@
-"""AdapterService: register, load, unload, look up and list adapters."""
+"""AdapterService: proto ↔ control plane, nothing else."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
-from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+import contextlib
+from collections.abc import AsyncIterator
 
+from lora_runtime.adapters.sources.api import Origin
+from lora_runtime.catalogue import Catalogue
 from lora_runtime.errors import InvalidRequest
-from lora_runtime.types import BASE_NAME, DEFAULT_TENANT, AdapterId, AdapterInfo, AdapterRef, check_name
-from server.backend import BackendSlot, Catalogue, Engine, completion
-from server.pb.multilora.v1 import adapters_pb2, adapters_pb2_grpc
+from lora_runtime.types import (
+    BASE_NAME,
+    DEFAULT_ALIAS,
+    DEFAULT_TENANT,
+    AdapterId,
+    AdapterInfo,
+    AdapterRef,
+    Alias,
+    check_alias_name,
+    check_name,
+)
+from server.backend import completion
+from server.control.events import EventLog
+from server.control.plane import ControlPlane, Deleted, Once
+from server.pb.multilora.v1 import adapters_pb2 as pb
+from server.pb.multilora.v1 import adapters_pb2_grpc
 from server.rpc.context import Context
-from server.rpc.messages import adapter_message
+from server.rpc.listing import list_page
+from server.rpc.messages import adapter_message, alias_message, change_message
+from server.rpc.uploading import receive_upload
 
-DEFAULT_PAGE_SIZE = 100
-MAX_PAGE_SIZE = 1000
 _MAX_VERSION = 999_999_999  # nine digits, what a reference can spell
+_SNAPSHOT_PAGE = 200
 
 
 class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
-    """The catalogue over gRPC; `adapter_root` is the only place on disk that callers can name."""
+    """The control plane over gRPC; the adapter root and the allowed URLs are all that callers can name."""
 
-    def __init__(self, slot: BackendSlot, adapter_root: Path) -> None:
-        self._slot = slot
-        self._root = adapter_root.resolve()
-        self._registering = asyncio.Lock()  # choosing the next version and taking it are one step
+    def __init__(self, plane: ControlPlane, events: EventLog) -> None:
+        self._plane = plane
+        self._events = events
+        self._uploads = asyncio.Semaphore(4)
 
     async def RegisterAdapter(  # noqa: N802 - the proto's name
-        self,
-        request: adapters_pb2.RegisterAdapterRequest,
-        context: Context,  # noqa: ARG002
-    ) -> adapters_pb2.RegisterAdapterResponse:
-        engine = self._slot.get().engine
-        _check_adapter_name(request.name)
-        if request.HasField("version") and not 1 <= request.version <= _MAX_VERSION:
-            raise InvalidRequest("version", f"{request.version} is not between 1 and {_MAX_VERSION}")
-        path = await asyncio.to_thread(source_folder, self._root, request.source)
-        async with self._registering:
-            version = request.version if request.HasField("version") else _next_version(engine, request.name)
-            adapter = AdapterId(DEFAULT_TENANT, request.name, version)
-            info = await completion(engine.register(adapter, path))
-        return adapters_pb2.RegisterAdapterResponse(adapter=adapter_message(info))
+        self, request: pb.RegisterAdapterRequest, context: Context
+    ) -> pb.RegisterAdapterResponse:
+        del context
+        tenant, name, version = named_version(request, "")
 
-    async def LoadAdapter(  # noqa: N802
-        self,
-        request: adapters_pb2.LoadAdapterRequest,
-        context: Context,  # noqa: ARG002
-    ) -> adapters_pb2.LoadAdapterResponse:
-        engine = self._slot.get().engine
-        info = resolve(engine.catalogue, request.adapter)
-        # a failure that nobody waits for is kept in the adapter's state, where GetAdapter shows it
-        loading = engine.load(info.id)
-        info = await completion(loading) if request.wait else resolve(engine.catalogue, info.id.resource_name)
-        return adapters_pb2.LoadAdapterResponse(adapter=adapter_message(info))
+        async def change(once: Once) -> pb.RegisterAdapterResponse:
+            return await self._plane.register_folder(
+                tenant, name, version, await self._origin(request.source), self._registered, once
+            )
 
-    async def UnloadAdapter(  # noqa: N802
-        self,
-        request: adapters_pb2.UnloadAdapterRequest,
-        context: Context,  # noqa: ARG002
-    ) -> adapters_pb2.UnloadAdapterResponse:
-        engine = self._slot.get().engine
-        info = resolve(engine.catalogue, request.adapter)
-        unloaded = await completion(engine.unload(info.id))
-        return adapters_pb2.UnloadAdapterResponse(
-            adapter=adapter_message(unloaded.info), freed_bytes=unloaded.freed_bytes
+        return await self._plane.once(
+            tenant, "RegisterAdapter", request, request.request_id, pb.RegisterAdapterResponse, change
         )
+
+    async def UploadAdapter(  # noqa: N802
+        self, request_iterator: AsyncIterator[pb.UploadAdapterRequest], context: Context
+    ) -> pb.UploadAdapterResponse:
+        del context
+        async with receive_upload(request_iterator, self._plane.uploads, self._uploads) as (header, received):
+            tenant, name, version = named_version(header, "header.")
+
+            async def change(once: Once) -> pb.UploadAdapterResponse:
+                upload = await received()
+                return await self._plane.register_upload(tenant, name, version, upload, self._uploaded, once)
+
+            return await self._plane.once(
+                tenant, "UploadAdapter", header, header.request_id, pb.UploadAdapterResponse, change
+            )
 
     async def GetAdapter(  # noqa: N802
-        self,
-        request: adapters_pb2.GetAdapterRequest,
-        context: Context,  # noqa: ARG002
-    ) -> adapters_pb2.GetAdapterResponse:
-        info = resolve(self._slot.get().engine.catalogue, request.adapter)
-        return adapters_pb2.GetAdapterResponse(adapter=adapter_message(info))
+        self, request: pb.GetAdapterRequest, context: Context
+    ) -> pb.GetAdapterResponse:
+        del context
+        info = resolve(self._catalogue, request.adapter)
+        aliases = self._catalogue.aliases(info.id.tenant, info.id.name)
+        return pb.GetAdapterResponse(adapter=self._message(info), aliases=map(alias_message, aliases))
 
     async def ListAdapters(  # noqa: N802
-        self,
-        request: adapters_pb2.ListAdaptersRequest,
-        context: Context,  # noqa: ARG002
-    ) -> adapters_pb2.ListAdaptersResponse:
-        if not 0 <= request.page_size <= MAX_PAGE_SIZE:
-            raise InvalidRequest("page_size", f"{request.page_size} is not between 0 and {MAX_PAGE_SIZE}")
-        after = _parse_page_token(request.page_token) if request.page_token else None
-        adapters = self._slot.get().engine.catalogue.list(DEFAULT_TENANT)
-        page, more = _page(adapters, after, request.page_size or DEFAULT_PAGE_SIZE)
-        return adapters_pb2.ListAdaptersResponse(
-            adapters=[adapter_message(info) for info in page],
-            next_page_token=_page_token(page[-1].id) if more else "",
+        self, request: pb.ListAdaptersRequest, context: Context
+    ) -> pb.ListAdaptersResponse:
+        del context
+        page, token = list_page(self._catalogue, request)
+        return pb.ListAdaptersResponse(adapters=map(self._message, page), next_page_token=token)
+
+    async def LoadAdapter(  # noqa: N802
+        self, request: pb.LoadAdapterRequest, context: Context
+    ) -> pb.LoadAdapterResponse:
+        del context
+        info = resolve(self._catalogue, request.adapter)
+        # a failure that nobody waits for is kept in the adapter's state, where GetAdapter shows it
+        loading = self._plane.engine.load(info.id)
+        info = await completion(loading) if request.wait else self._catalogue.get(info.id)
+        return pb.LoadAdapterResponse(adapter=self._message(info))
+
+    async def UnloadAdapter(  # noqa: N802
+        self, request: pb.UnloadAdapterRequest, context: Context
+    ) -> pb.UnloadAdapterResponse:
+        del context
+        info = resolve(self._catalogue, request.adapter)
+        unloaded = await completion(self._plane.engine.unload(info.id))
+        return pb.UnloadAdapterResponse(
+            adapter=self._message(unloaded.info),
+            freed_bytes=unloaded.freed_bytes,
+            freed_host_bytes=unloaded.freed_host_bytes,
         )
 
+    async def PinAdapter(  # noqa: N802
+        self, request: pb.PinAdapterRequest, context: Context
+    ) -> pb.PinAdapterResponse:
+        del context
+        adapter = resolve(self._catalogue, request.adapter).id
 
-def resolve(catalogue: Catalogue, reference: str) -> AdapterInfo:
-    """The adapter a request names; raises InvalidRequest on field `adapter`, or AdapterNotFound."""
+        async def change(once: Once) -> pb.PinAdapterResponse:
+            return await self._plane.pin(
+                adapter, request.pinned, lambda info: pb.PinAdapterResponse(adapter=self._message(info)), once
+            )
+
+        return await self._plane.once(
+            adapter.tenant, "PinAdapter", request, request.request_id, pb.PinAdapterResponse, change
+        )
+
+    async def SetAlias(self, request: pb.SetAliasRequest, context: Context) -> pb.SetAliasResponse:  # noqa: N802
+        del context
+        tenant, name = parse_adapter("adapter", request.adapter)
+        if request.alias != DEFAULT_ALIAS:
+            check_alias_name("alias", request.alias)
+        wanted = None if request.rollback else _wanted_alias(request, tenant, name)
+        if request.rollback and (request.version or request.canary_version or request.canary_percent):
+            raise InvalidRequest("rollback", "leads back to the version before; name no other with it")
+
+        def reply(alias: Alias) -> pb.SetAliasResponse:
+            return pb.SetAliasResponse(alias=alias_message(alias))
+
+        async def change(once: Once) -> pb.SetAliasResponse:
+            if wanted is None:
+                return await self._plane.roll_back(tenant, name, request.alias, reply, once)
+            return await self._plane.set_alias(wanted, reply, once)
+
+        return await self._plane.once(tenant, "SetAlias", request, request.request_id, pb.SetAliasResponse, change)
+
+    async def DeleteAlias(  # noqa: N802
+        self, request: pb.DeleteAliasRequest, context: Context
+    ) -> pb.DeleteAliasResponse:
+        del context
+        tenant, name = parse_adapter("adapter", request.adapter)
+
+        async def change(once: Once) -> pb.DeleteAliasResponse:
+            return await self._plane.delete_alias(tenant, name, request.alias, pb.DeleteAliasResponse(), once)
+
+        return await self._plane.once(
+            tenant, "DeleteAlias", request, request.request_id, pb.DeleteAliasResponse, change
+        )
+
+    async def DeleteAdapter(  # noqa: N802
+        self, request: pb.DeleteAdapterRequest, context: Context
+    ) -> pb.DeleteAdapterResponse:
+        del context
+        ref = parse_reference(request.adapter)
+        if ref.version is None:
+            raise InvalidRequest("adapter", f"{ref} names no version; say which one is to be deleted")
+        if ref.name == BASE_NAME:
+            raise InvalidRequest("adapter", "the base model cannot be deleted")
+        adapter = AdapterId(ref.tenant, ref.name, ref.version)
+
+        async def change(once: Once) -> pb.DeleteAdapterResponse:
+            return await self._plane.delete(adapter, _deleted, once)
+
+        return await self._plane.once(
+            adapter.tenant, "DeleteAdapter", request, request.request_id, pb.DeleteAdapterResponse, change
+        )
+
+    async def WatchAdapters(  # noqa: N802
+        self, request: pb.WatchAdaptersRequest, context: Context
+    ) -> AsyncIterator[pb.WatchAdaptersResponse]:
+        del context
+        tenant = tenant_filter(request.tenant)
+        catalogue = self._catalogue
+        after = self._events.after(request.resume_token) if request.resume_token else None
+        if after is None:
+            after = self._events.latest
+            last: AdapterId | None = None
+            while page := catalogue.list(tenant, after=last, limit=_SNAPSHOT_PAGE):
+                for info in page:
+                    yield pb.WatchAdaptersResponse(adapter=self._message(info))
+                last = page[-1].id
+            for alias in catalogue.aliases(tenant):
+                yield pb.WatchAdaptersResponse(alias=alias_message(alias))
+            yield pb.WatchAdaptersResponse(snapshot_complete=True, resume_token=self._events.token_of(after))
+        async with contextlib.aclosing(self._events.follow(after, tenant)) as changes:
+            async for sequence, event in changes:
+                yield change_message(event, self._message, self._events.token_of(sequence))
+
+    @property
+    def _catalogue(self) -> Catalogue:
+        return self._plane.engine.catalogue
+
+    async def _origin(self, source: str) -> Origin:
+        if "://" in source:
+            return await self._plane.resolve_url(source)
+        return Origin(str(await asyncio.to_thread(self._plane.places.folder, source)))
+
+    def _message(self, info: AdapterInfo) -> pb.Adapter:
+        return adapter_message(info, self._plane.places.shown(info), self._catalogue.aliases_of(info.id))
+
+    def _registered(self, info: AdapterInfo) -> pb.RegisterAdapterResponse:
+        return pb.RegisterAdapterResponse(adapter=self._message(info))
+
+    def _uploaded(self, info: AdapterInfo) -> pb.UploadAdapterResponse:
+        return pb.UploadAdapterResponse(adapter=self._message(info))
+
+
+def resolve(catalogue: Catalogue, reference: str, routing_key: str = "") -> AdapterInfo:
+    """The adapter a request names; raises InvalidRequest on field `adapter`, AdapterNotFound, AliasNotFound."""
+    return catalogue.resolve(parse_reference(reference), routing_key)
+
+
+def parse_reference(reference: str) -> AdapterRef:
+    """Raises InvalidRequest on field `adapter`."""
     if not reference:
         raise InvalidRequest("adapter", "is empty; name the adapter")
-    return catalogue.resolve(AdapterRef.parse(reference))
+    return AdapterRef.parse(reference)
 
 
-def source_folder(root: Path, source: str) -> Path:
-    """The folder `source` names below `root` (resolved); raises InvalidRequest on field `source`.
-
-    Nothing outside the root is read or revealed: `..`, absolute paths and links that lead out are refused
-    before the file system is asked whether they exist.
-    """
-    parts = PurePosixPath(source)
-    if not source or "\0" in source or parts.is_absolute() or ".." in parts.parts or not parts.parts:
-        raise InvalidRequest(
-            "source", f"{source[:200]!r} is not a relative path; name a folder under the server's adapter root"
-        )
+def parse_adapter(field: str, text: str) -> tuple[str, str]:
+    """Tenant and name of an adapter, without a version; raises InvalidRequest on `field`."""
+    if not text:
+        raise InvalidRequest(field, "is empty; name the adapter")
     try:
-        folder = (root / parts).resolve()
-        inside = folder.is_relative_to(root) and folder != root
-        found = inside and folder.is_dir()
-    except (OSError, RuntimeError) as error:  # a name too long, a loop of links
-        raise InvalidRequest(
-            "source", f"{source[:200]!r} is not a readable folder under the server's adapter root"
-        ) from error
-    if not inside:
-        raise InvalidRequest(
-            "source", f"{source[:200]!r} leads out of the server's adapter root; copy the folder into it"
-        )
-    if not found:
-        raise InvalidRequest(
-            "source", f"{source[:200]!r} is not a folder under the server's adapter root; put the adapter there first"
-        )
-    return folder
+        ref = AdapterRef.parse(text)
+    except InvalidRequest as error:
+        raise InvalidRequest(field, error.description) from error
+    if ref.version is not None or ref.alias != DEFAULT_ALIAS or "@" in text:
+        raise InvalidRequest(field, f"{text[:140]!r} names a version or an alias; give the adapter's name alone")
+    if ref.name == BASE_NAME:
+        raise InvalidRequest(field, f"{BASE_NAME!r} is reserved for the base model")
+    return ref.tenant, ref.name
 
 
-def _check_adapter_name(name: str) -> None:
-    check_name("name", name)
-    if name == BASE_NAME:
-        raise InvalidRequest("name", f"{BASE_NAME!r} is reserved for the base model")
+def tenant_filter(tenant: str) -> str | None:
+    """The tenant that a listing is about, None for all; raises InvalidRequest on field `tenant`."""
+    if tenant == "-":
+        return None
+    if tenant:
+        check_name("tenant", tenant)
+    return tenant or DEFAULT_TENANT
 
 
-def _next_version(engine: Engine, name: str) -> int:
-    return max(engine.catalogue.versions(DEFAULT_TENANT, name), default=0) + 1
+def named_version(request: pb.RegisterAdapterRequest | pb.UploadHeader, prefix: str) -> tuple[str, str, int | None]:
+    """Tenant, name and version of what is to be registered; raises InvalidRequest on a field below `prefix`."""
+    tenant, name = parse_adapter(f"{prefix}name", request.name)
+    if not request.HasField("version"):
+        return tenant, name, None
+    if not 1 <= request.version <= _MAX_VERSION:
+        raise InvalidRequest(f"{prefix}version", f"{request.version} is not between 1 and {_MAX_VERSION}")
+    return tenant, name, request.version
 
 
-def _page(adapters: Sequence[AdapterInfo], after: AdapterId | None, size: int) -> tuple[Sequence[AdapterInfo], bool]:
-    """The `size` adapters that follow `after`, and whether there are more."""
-    rest = adapters if after is None else [info for info in adapters if info.id > after]
-    return rest[:size], len(rest) > size
+def _wanted_alias(request: pb.SetAliasRequest, tenant: str, name: str) -> Alias:
+    if not 1 <= request.version <= _MAX_VERSION:
+        raise InvalidRequest("version", f"{request.version} is not between 1 and {_MAX_VERSION}")
+    if request.canary_percent and not request.canary_version:
+        raise InvalidRequest("canary_version", "is not given, but a percentage for it is")
+    canary = request.canary_version or None
+    return Alias(tenant, name, request.alias, request.version, canary, request.canary_percent if canary else 0.0)
 
 
-def _page_token(last: AdapterId) -> str:
-    return base64.urlsafe_b64encode(f"{last.name}@{last.version}".encode()).decode()
-
-
-def _parse_page_token(token: str) -> AdapterId:
-    try:
-        ref = AdapterRef.parse(base64.b64decode(token, altchars=b"-_", validate=True).decode())
-        if ref.version is None:
-            raise InvalidRequest("page_token", "names no version")
-        return AdapterId(DEFAULT_TENANT, ref.name, ref.version)
-    except (binascii.Error, ValueError, InvalidRequest) as error:
-        raise InvalidRequest("page_token", "is not a next_page_token of this server") from error
+def _deleted(deleted: Deleted) -> pb.DeleteAdapterResponse:
+    return pb.DeleteAdapterResponse(
+        freed_bytes=deleted.unloaded.freed_bytes,
+        freed_host_bytes=deleted.unloaded.freed_host_bytes,
+        freed_disk_bytes=deleted.disk_bytes,
+    )

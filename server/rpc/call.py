@@ -27,6 +27,7 @@ class CallRequest(Protocol):
     """What every request has."""
 
     adapter: str
+    routing_key: str
 
     @property
     def inputs(self) -> Sequence[Message]: ...

@@ -10,6 +10,10 @@ from google.rpc import error_details_pb2, status_pb2
 
 from lora_runtime import errors
 from server.backend import ServerStarting
+from server.control.events import WatchTooSlow
+from server.control.state import StateUnavailable
+from server.control.uploads import UploadTooLarge
+from server.rpc.uploading import UploadsDisabled, UploadStalled
 
 DOMAIN = "multilora"
 STATUS_DETAILS_KEY = "grpc-status-details-bin"
@@ -22,6 +26,11 @@ CODES: dict[type[errors.MultiloraError], grpc.StatusCode] = {
     errors.TextTooLong: grpc.StatusCode.INVALID_ARGUMENT,
     errors.AdapterNotFound: grpc.StatusCode.NOT_FOUND,
     errors.AdapterAlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
+    errors.AliasNotFound: grpc.StatusCode.NOT_FOUND,
+    errors.NoPreviousVersion: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.AdapterInUse: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.SourceUnavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.LoadCancelled: grpc.StatusCode.ABORTED,
     errors.AdapterRejected: grpc.StatusCode.FAILED_PRECONDITION,
     errors.AdapterFailed: grpc.StatusCode.FAILED_PRECONDITION,
     errors.AnswerNotFinite: grpc.StatusCode.FAILED_PRECONDITION,
@@ -32,6 +41,11 @@ CODES: dict[type[errors.MultiloraError], grpc.StatusCode] = {
     errors.RequestCancelled: grpc.StatusCode.CANCELLED,
     errors.EngineStopped: grpc.StatusCode.UNAVAILABLE,
     ServerStarting: grpc.StatusCode.UNAVAILABLE,
+    StateUnavailable: grpc.StatusCode.UNAVAILABLE,
+    UploadTooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    UploadsDisabled: grpc.StatusCode.FAILED_PRECONDITION,
+    UploadStalled: grpc.StatusCode.ABORTED,
+    WatchTooSlow: grpc.StatusCode.ABORTED,
 }
 
 
@@ -57,7 +71,7 @@ def to_status(error: errors.MultiloraError) -> RpcStatus:
             field=_clip(error.field), description=_clip(error.description)
         )
         details.append(_pack(error_details_pb2.BadRequest(field_violations=[violation])))
-    if isinstance(error, errors.CapacityExceeded):
+    if error.retry_after_s is not None:
         delay = duration_pb2.Duration()
         delay.FromMilliseconds(round(error.retry_after_s * 1000))
         details.append(_pack(error_details_pb2.RetryInfo(retry_delay=delay)))

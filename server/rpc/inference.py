@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from lora_runtime import types
 from lora_runtime.errors import InvalidRequest
-from lora_runtime.types import AdapterInfo, Request, Result, Task
+from lora_runtime.types import AdapterInfo, AdapterState, Request, Result, Task
 from server.admission import Admission, Permits
 from server.backend import BackendSlot, Engine, completion
 from server.metrics import ServerMetrics
@@ -28,6 +28,8 @@ from server.rpc.embed import EMBED
 from server.tokenize import TokenizerPool
 
 T = TypeVar("T")
+
+_MAX_ROUTING_KEY = 256
 
 
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
@@ -74,11 +76,15 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         """Answer a request of any task; permits are held from here until the reply is complete."""
         arrived = time.perf_counter()
         backend = self._slot.get()
-        info = resolve(backend.engine.catalogue, request.adapter)
+        _check_routing_key(request.routing_key)
+        info = resolve(backend.engine.catalogue, request.adapter, request.routing_key)
         self._check_inputs(request)
         call.check(request)
-        card = info.card_for(call.task)
+        if info.card is not None:
+            info.card_for(call.task)  # refused before anything is spent on it
         with self._admission.permits(len(request.inputs)) as permits:
+            info = await _fetched(backend.engine, info)
+            card = info.card_for(call.task)
             prepared, tokenize_s = await self._in_pool(
                 "tokenize", lambda: call.prepare(request, backend.encoder_for(info), card)
             )
@@ -128,6 +134,24 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         seconds = time.perf_counter() - started
         self._metrics.observe_stage(stage, seconds)
         return done, seconds
+
+
+def _check_routing_key(key: str) -> None:
+    if len(key) > _MAX_ROUTING_KEY:
+        raise InvalidRequest("routing_key", f"has {len(key)} characters, the limit is {_MAX_ROUTING_KEY}")
+
+
+async def _fetched(engine: Engine, info: AdapterInfo) -> AdapterInfo:
+    """Start the load of a cold adapter while its texts are tokenised; wait only for what tokenising needs of it.
+
+    That is its card, and its files where it has a tokenizer of its own.
+    """
+    if info.state is AdapterState.READY:
+        return info
+    fetching = engine.prefetch(info.id)
+    if info.card is None or (info.path is None and info.card.tokenizer_sha256 is not None):
+        return await completion(fetching)
+    return info
 
 
 async def _answer(engine: Engine, work: Request) -> Result:

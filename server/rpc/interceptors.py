@@ -7,7 +7,8 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, NoReturn, TypeAlias, cast
 
 import grpc
@@ -25,64 +26,85 @@ _OURS = "/multilora."
 
 _log = logging.getLogger(__name__)
 
-Method: TypeAlias = Callable[[Any, Context], Awaitable[Any]]
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Unary: TypeAlias = Callable[[Any, Context], Awaitable[Any]]
+Streaming: TypeAlias = Callable[[Any, Context], AsyncGenerator[Any]]
 Parse: TypeAlias = Callable[[bytes], Any]
 
 
 class RpcInterceptor(aio.ServerInterceptor):
-    """Wraps the unary methods of our own services; health and reflection pass untouched."""
+    """Wraps the methods of our own services; health and reflection pass untouched."""
 
     def __init__(self, metrics: ServerMetrics) -> None:
         self._metrics = metrics
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+    ) -> Handler | None:
         handler = await continuation(handler_call_details)
         method: str = handler_call_details.method
         # None: a method that no service has; grpc answers UNIMPLEMENTED
-        if handler is None or not method.startswith(_OURS) or handler.unary_unary is None:
+        if handler is None or not method.startswith(_OURS):
             return handler
-        return grpc.unary_unary_rpc_method_handler(
-            self._wrap(
-                method.removeprefix("/"),
-                cast("Method", handler.unary_unary),
-                cast("Parse", handler.request_deserializer),
-            ),
-            request_deserializer=None,  # by us: what cannot be parsed is an error with a reason, counted as any other
-            response_serializer=handler.response_serializer,
-        )
+        return self._wrapped(handler, method.removeprefix("/"))
 
-    def _wrap(self, method: str, behaviour: Method, parse: Parse) -> Method:
+    def _wrapped(self, handler: Handler, method: str) -> Handler:
+        """Requests are parsed by us: what cannot be parsed is an error with a reason, counted as any other."""
+        parse = cast("Parse", handler.request_deserializer)
+        serialise = handler.response_serializer
+        if handler.unary_unary is not None:
+            call = self._unary(method, cast("Unary", handler.unary_unary), lambda data: _parsed(data, parse))
+            return grpc.unary_unary_rpc_method_handler(call, None, serialise)
+        if handler.stream_unary is not None:
+            call = self._unary(method, cast("Unary", handler.stream_unary), lambda data: _parsed_all(data, parse))
+            return grpc.stream_unary_rpc_method_handler(call, None, serialise)
+        assert handler.unary_stream is not None, f"{method} streams both ways, which is not handled yet"
+        stream = self._streaming(method, cast("Streaming", handler.unary_stream), parse)
+        return grpc.unary_stream_rpc_method_handler(stream, None, serialise)
+
+    def _unary(self, method: str, behaviour: Unary, parse: Callable[[Any], Any]) -> Unary:
         async def call(data: Any, context: Context) -> Any:
-            started = time.perf_counter()
-            code = grpc.StatusCode.UNKNOWN
-            request_id = _request_id(context)
-            context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
-            try:
-                reply = await behaviour(_parsed(data, parse), context)
-                code = grpc.StatusCode.OK
-                return reply
-            except MultiloraError as error:
-                status = to_status(error)
-                if status.code is grpc.StatusCode.INTERNAL:  # the runtime's own fault, which it has logged
-                    _log.error("request %s: %s failed: %s", request_id, method, error.message)
-                    status = internal_status(request_id)
-                code = status.code
-                await _abort(context, status, request_id)
-            except asyncio.CancelledError:
-                code = _why_cancelled(context)
-                raise
-            except Exception:  # noqa: BLE001 - the last line: nothing internal may leak to the caller
-                _log.exception("request %s: %s failed unexpectedly", request_id, method)
-                code = grpc.StatusCode.INTERNAL
-                await _abort(context, internal_status(request_id), request_id)
-            finally:
-                self._metrics.observe_rpc(method, code.name, time.perf_counter() - started)
+            async with self._call(method, context):
+                return await behaviour(parse(data), context)
 
         return call
+
+    def _streaming(self, method: str, behaviour: Streaming, parse: Parse) -> Streaming:
+        async def call(data: Any, context: Context) -> AsyncGenerator[Any]:
+            async with self._call(method, context), aclosing(behaviour(_parsed(data, parse), context)) as replies:
+                async for reply in replies:
+                    yield reply
+
+        return call
+
+    @asynccontextmanager
+    async def _call(self, method: str, context: Context) -> AsyncGenerator[None]:
+        """One RPC from its arrival to its end: its id, its status, its count."""
+        started = time.perf_counter()
+        code = grpc.StatusCode.UNKNOWN
+        request_id = _request_id(context)
+        context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
+        try:
+            yield
+            code = grpc.StatusCode.OK
+        except MultiloraError as error:
+            status = to_status(error)
+            if status.code is grpc.StatusCode.INTERNAL:  # the runtime's own fault, which it has logged
+                _log.error("request %s: %s failed: %s", request_id, method, error.message)
+                status = internal_status(request_id)
+            code = status.code
+            await _abort(context, status, request_id)
+        except (asyncio.CancelledError, GeneratorExit):
+            code = _why_cancelled(context)
+            raise
+        except Exception:  # noqa: BLE001 - the last line: nothing internal may leak to the caller
+            _log.exception("request %s: %s failed unexpectedly", request_id, method)
+            code = grpc.StatusCode.INTERNAL
+            await _abort(context, internal_status(request_id), request_id)
+        finally:
+            self._metrics.observe_rpc(method, code.name, time.perf_counter() - started)
 
 
 def _parsed(data: bytes, parse: Parse) -> Any:
@@ -90,6 +112,11 @@ def _parsed(data: bytes, parse: Parse) -> Any:
         return parse(data)
     except DecodeError as error:
         raise InvalidRequest("request", "is no message of this method; check the client's protos") from error
+
+
+async def _parsed_all(messages: AsyncIterator[bytes], parse: Parse) -> AsyncIterator[Any]:
+    async for data in messages:
+        yield _parsed(data, parse)
 
 
 def _request_id(context: Context) -> str:

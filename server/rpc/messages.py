@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from lora_runtime.types import AdapterInfo, AdapterState, Pooling, ProblemType, Task
+from collections.abc import Callable, Iterable
+
+from lora_runtime.types import AdapterInfo, AdapterState, Alias, Pooling, ProblemType, Task
+from server.control.events import AdapterChanged, AdapterDeleted, AliasChanged, AliasDeleted, Event
 from server.pb.multilora.v1 import adapters_pb2, common_pb2
 
 STATES: dict[AdapterState, adapters_pb2.AdapterState.ValueType] = {
@@ -33,7 +36,35 @@ PROBLEM_TYPES: dict[ProblemType, common_pb2.ProblemType.ValueType] = {
 }
 
 
-def adapter_message(info: AdapterInfo) -> adapters_pb2.Adapter:
+def alias_message(alias: Alias) -> adapters_pb2.Alias:
+    return adapters_pb2.Alias(
+        name=alias.resource_name,
+        version=alias.version,
+        canary_version=alias.canary_version or 0,
+        canary_percent=alias.canary_percent,
+        previous_version=alias.previous_version or 0,
+    )
+
+
+def change_message(
+    event: Event, describe: Callable[[AdapterInfo], adapters_pb2.Adapter], resume_token: str
+) -> adapters_pb2.WatchAdaptersResponse:
+    """One change, as a watcher gets it."""
+    message = adapters_pb2.WatchAdaptersResponse(resume_token=resume_token)
+    match event:
+        case AdapterChanged(info):
+            message.adapter.CopyFrom(describe(info))
+        case AdapterDeleted(adapter):
+            message.deleted_adapter = adapter.resource_name
+        case AliasChanged(alias):
+            message.alias.CopyFrom(alias_message(alias))
+        case AliasDeleted(alias):
+            message.deleted_alias = alias.resource_name
+    return message
+
+
+def adapter_message(info: AdapterInfo, source: str, aliases: Iterable[str]) -> adapters_pb2.Adapter:
+    """`source` as clients may see it."""
     message = adapters_pb2.Adapter(
         name=info.id.resource_name,
         version=info.id.version,
@@ -43,10 +74,15 @@ def adapter_message(info: AdapterInfo) -> adapters_pb2.Adapter:
         resident_bytes=info.resident_bytes,
         num_parameters=info.num_parameters,
         load_seconds=info.load_seconds,
+        source=source,
+        pinned=info.pinned,
+        host_bytes=info.host_bytes,
+        aliases=aliases,
     )
     if info.failure is not None:
         message.failure.reason = info.failure.reason
         message.failure.message = info.failure.message
+        message.failure.retryable = info.failure.retry_after_s is not None
     if card := info.card:
         message.task = TASKS[card.task]
         message.problem_type = PROBLEM_TYPES[card.problem_type]

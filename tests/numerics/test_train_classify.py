@@ -28,7 +28,8 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from lora_runtime.adapters.fingerprint import file_digests, fingerprint_base
+from lora_runtime.adapters.digests import file_digests
+from lora_runtime.adapters.fingerprint import fingerprint_base
 from lora_runtime.adapters.metadata import read_metadata
 from lora_runtime.errors import BaseModelUnsupported, InvalidRequest, TrainingDataInvalid
 from lora_runtime.train.classify import train_classifier

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from lora_runtime.arena import RankArena, Run, SitePlacement, SlotTable
+from lora_runtime.arena import RankArena, Run, SitePlacement, SlotTable, align
 from lora_runtime.errors import CapacityExceeded
 from lora_runtime.types import Site, SiteGroup
 
@@ -55,6 +55,26 @@ class ArenaMachine(RuleBasedStateMachine):
         self.slots.release(slot)
         self.arena.view(run).fill_(float("nan"))
         self.arena.free(run)
+
+    @rule(num_elements=st.integers(1, 900), data=st.data())
+    def compact(self, num_elements: int, data: st.DataObject) -> None:
+        fixed_slots = data.draw(st.sets(st.sampled_from(sorted(self.held)))) if self.held else set[int]()
+        fixed = {self.held[slot][0] for slot in fixed_slots}
+        moves = self.arena.plan_compaction(num_elements, fixed)
+        if moves is None:
+            if not fixed:
+                assert self.arena.free_elements < align(num_elements), "there was room, and everything could move"
+            return
+        assert not fixed & set(moves)
+        slot_of = {run: slot for slot, (run, _, _) in self.held.items()}
+        for run in moves:
+            moved = self.arena.move_down(run)
+            if moved != run:
+                slot = slot_of[run]
+                self.slots.move(slot, moved)
+                self.held[slot] = moved, self.held[slot][1], self.held[slot][2] + 1
+                self.seen.add((slot, self.held[slot][2]))
+        assert self.arena.can_allocate(num_elements), "the moves made no room"
 
     @invariant()
     def whole(self) -> None:

@@ -12,16 +12,17 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from lora_runtime.adapters.sources.api import Origin
+from lora_runtime.catalogue import Catalogue
 from lora_runtime.errors import (
-    AdapterAlreadyExists,
     AdapterFailed,
-    AdapterNotFound,
+    AdapterInUse,
     AdapterRejected,
     DeadlineExpired,
     InvalidRequest,
@@ -29,15 +30,15 @@ from lora_runtime.errors import (
     RequestCancelled,
     TaskMismatch,
 )
-from lora_runtime.residency import Unloaded
+from lora_runtime.observers import EngineObserver
 from lora_runtime.types import (
     BASE_NAME,
     DEFAULT_TENANT,
     AdapterCard,
     AdapterId,
     AdapterInfo,
-    AdapterRef,
     AdapterState,
+    Alias,
     BatchStats,
     Classification,
     Embedding,
@@ -51,8 +52,8 @@ from lora_runtime.types import (
     Timings,
     TokenClassification,
     TokenSequence,
+    Unloaded,
 )
-from server.backend import EngineObserver
 from tests.service.fake_encoder import FakeEncoder
 
 T = TypeVar("T")
@@ -61,31 +62,12 @@ DIGEST = "ab" * 32
 RESIDENT_BYTES = 4096
 BASE = AdapterInfo(
     AdapterId(DEFAULT_TENANT, BASE_NAME, 1),
+    "fake-base",
     Path(),
     AdapterState.READY,
     AdapterCard(Task.EMBED, None, ProblemType.SINGLE_LABEL, None, None, None, pooling=Pooling.MEAN),
     digest="ba" * 32,
 )
-
-
-class FakeCatalogue:
-    def __init__(self, adapters: dict[AdapterId, AdapterInfo]) -> None:
-        self._adapters = adapters
-
-    def resolve(self, ref: AdapterRef) -> AdapterInfo:
-        if ref.name == BASE_NAME and ref.version in (None, 1):
-            return BASE
-        versions = self.versions(ref.tenant, ref.name)
-        version = ref.version if ref.version is not None else next(iter(versions), 0)
-        if version not in versions:
-            raise AdapterNotFound(str(ref))
-        return self._adapters[AdapterId(ref.tenant, ref.name, version)]
-
-    def list(self, tenant: str) -> Sequence[AdapterInfo]:
-        return [self._adapters[key] for key in sorted(self._adapters) if key.tenant == tenant]
-
-    def versions(self, tenant: str, name: str) -> Sequence[int]:
-        return sorted(key.version for key in self._adapters if (key.tenant, key.name) == (tenant, name))
 
 
 class FakeEngine:
@@ -98,16 +80,13 @@ class FakeEngine:
         self.cancelled: set[str] = set()
         self.submitted: list[Request] = []
         self.seen: list[Request] = []  # those that a batch took
-        self._adapters: dict[AdapterId, AdapterInfo] = {}
+        self.prefetched: list[AdapterId] = []
+        self.catalogue = Catalogue(BASE)
         self._observers: list[EngineObserver] = []
         self._requests: queue.Queue[tuple[Request, Future[Result]] | None] = queue.Queue()
         self.ended: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
-
-    @property
-    def catalogue(self) -> FakeCatalogue:
-        return FakeCatalogue(dict(self._adapters))
 
     def add_observer(self, observer: EngineObserver) -> None:
         self._observers.append(observer)
@@ -121,14 +100,36 @@ class FakeEngine:
     def cancel(self, request_id: str) -> None:
         self.cancelled.add(request_id)
 
-    def register(self, adapter: AdapterId, path: Path, *, keep_failed: bool = False) -> Future[AdapterInfo]:
-        return _attempt(lambda: self._register(adapter, path, keep_failed=keep_failed))
+    def register(
+        self, adapter: AdapterId, origin: Origin | Path, *, examine: bool = True, keep_failed: bool = False
+    ) -> Future[AdapterInfo]:
+        where = Origin(str(origin)) if isinstance(origin, Path) else origin
+        return _attempt(lambda: self._register(adapter, where, keep_failed=keep_failed or not examine))
+
+    def examine(self, adapter: AdapterId) -> Future[AdapterInfo]:
+        return _attempt(lambda: self._examine(adapter))
+
+    def prefetch(self, adapter: AdapterId) -> Future[AdapterInfo]:
+        self.prefetched.append(adapter)
+        return _attempt(lambda: self._prefetch(adapter))
 
     def load(self, adapter: AdapterId) -> Future[AdapterInfo]:
         return _attempt(lambda: self._load(adapter))
 
+    def pin(self, adapter: AdapterId, *, pinned: bool = True) -> Future[AdapterInfo]:
+        return _attempt(lambda: self._pin(adapter, pinned))
+
     def unload(self, adapter: AdapterId) -> Future[Unloaded]:
         return _attempt(lambda: self._unload(adapter))
+
+    def delete(self, adapter: AdapterId, *, force: bool = False) -> Future[Unloaded]:
+        return _attempt(lambda: self._delete(adapter, force))
+
+    def set_alias(self, alias: Alias) -> Future[Alias]:
+        return _attempt(lambda: self._set_alias(alias))
+
+    def delete_alias(self, tenant: str, name: str, alias: str) -> Future[Alias]:
+        return _attempt(lambda: self._delete_alias(tenant, name, alias))
 
     def stop(self) -> None:
         self.gate.set()
@@ -137,32 +138,70 @@ class FakeEngine:
         if not self.ended.done():
             self.ended.set_result(None)
 
-    def _register(self, adapter: AdapterId, path: Path, *, keep_failed: bool) -> AdapterInfo:
+    def _register(self, adapter: AdapterId, origin: Origin, *, keep_failed: bool) -> AdapterInfo:
         if adapter.is_base:
             raise InvalidRequest("adapter", "the name is reserved for the base model")
-        if adapter in self._adapters:
-            raise AdapterAlreadyExists(str(adapter))
-        info = AdapterInfo(adapter, path, AdapterState.REGISTERED, card=None)
+        self.catalogue.check_free(adapter)
+        path = origin.path
+        info = AdapterInfo(adapter, origin.url, path, AdapterState.REGISTERED, card=None, revision=origin.revision)
         try:
-            return self._publish(replace(info, card=_read_card(path)))
+            return self._publish(replace(info, card=None if path is None else _read_card(path)))
         except AdapterRejected as error:
             if not keep_failed:
                 raise
             return self._publish(replace(info, state=AdapterState.FAILED, failure=error))
 
+    def _examine(self, adapter: AdapterId) -> AdapterInfo:
+        info = self.catalogue.get(adapter)
+        assert info.path is not None
+        return self._publish(replace(info, state=AdapterState.REGISTERED, failure=None, card=_read_card(info.path)))
+
+    def _prefetch(self, adapter: AdapterId) -> AdapterInfo:
+        info = self.catalogue.get(adapter)
+        if info.failure is not None:
+            raise AdapterFailed(str(adapter), info.failure)
+        return info
+
+    def _pin(self, adapter: AdapterId, pinned: bool) -> AdapterInfo:
+        info = self._load(adapter) if pinned else self.catalogue.get(adapter)
+        return self._publish(replace(info, pinned=pinned))
+
+    def _delete(self, adapter: AdapterId, force: bool) -> Unloaded:
+        info = self.catalogue.get(adapter)
+        if not force:
+            self.catalogue.check_removable(adapter)
+        for alias in self.catalogue.remove(adapter):
+            self._tell("on_alias_deleted", alias)
+        self._tell("on_deleted", adapter)
+        return Unloaded(info, info.resident_bytes)
+
+    def _set_alias(self, alias: Alias) -> Alias:
+        self.catalogue.put_alias(alias)
+        self._tell("on_alias", alias)
+        return alias
+
+    def _delete_alias(self, tenant: str, name: str, alias: str) -> Alias:
+        gone = self.catalogue.alias(tenant, name, alias)
+        self.catalogue.remove_alias(gone)
+        self._tell("on_alias_deleted", gone)
+        return gone
+
     def _unload(self, adapter: AdapterId) -> Unloaded:
         if adapter.is_base:
             raise InvalidRequest("adapter", "the base model cannot be unloaded")
-        info = self._adapters[adapter]
+        info = self.catalogue.get(adapter)
+        if info.pinned:
+            raise AdapterInUse(str(adapter), "is pinned; unpin it first")
         after = self._publish(replace(info, state=AdapterState.REGISTERED, resident_bytes=0))
         return Unloaded(after, info.resident_bytes)
 
     def _load(self, adapter: AdapterId) -> AdapterInfo:
         if adapter.is_base:
             return BASE
-        info = self._adapters[adapter]
+        info = self.catalogue.get(adapter)
         if info.state is AdapterState.READY:
             return info
+        assert info.path is not None
         if "broken" in (info.path / "adapter_config.json").read_text():
             error = AdapterRejected("NOT_FINITE", "adapter_model.safetensors", "tensor lora_A has a NaN")
             self._publish(replace(info, state=AdapterState.FAILED, failure=error))
@@ -180,10 +219,15 @@ class FakeEngine:
         )
 
     def _publish(self, info: AdapterInfo) -> AdapterInfo:
-        self._adapters[info.id] = info
-        for observer in self._observers:
-            observer.on_adapter(info)
+        alias = self.catalogue.put(info)
+        self._tell("on_adapter", info)
+        if alias is not None:
+            self._tell("on_alias", alias)
         return info
+
+    def _tell(self, event: str, fact: object) -> None:
+        for observer in self._observers:
+            getattr(observer, event)(fact)
 
     def _run(self) -> None:
         while (item := self._requests.get()) is not None:
@@ -210,8 +254,8 @@ class FakeEngine:
             return error
 
     def _answer(self, request: Request) -> Result:
-        known = self._adapters.get(request.adapter)
-        if known is not None and known.failure is not None:
+        known = self.catalogue.get(request.adapter)
+        if known.failure is not None:
             raise AdapterFailed(str(known.id), known.failure)
         info = self._load(request.adapter)
         card = info.card

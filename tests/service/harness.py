@@ -17,6 +17,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from lora_runtime.adapters.sources.fetch import Fetcher
 from server.app import App
 from server.backend import Backend
 from server.pb.multilora.v1 import adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -84,7 +85,8 @@ async def running(
     """A server on free loopback ports; with `hold_base` its base loads only once that is set."""
     runtime = None if real else FakeRuntime()
     defaults: dict[str, Any] = {"base": "fake-base", "port": 0, "metrics_port": 0, "grace": 5.0}
-    app = App(ServeSettings.model_validate({**defaults, "adapters": root, **settings}), _factory(runtime, hold_base))
+    given = {**defaults, "adapters": str(root), **settings}
+    app = App(ServeSettings.model_validate(given), _factory(runtime, hold_base))
     stop, announced = asyncio.Event(), list[str]()
     life = asyncio.create_task(app.run(stop, announced.append))
     try:
@@ -111,7 +113,7 @@ def _factory(runtime: FakeRuntime | None, hold: threading.Event | None) -> Backe
     if runtime is None:
         return load_runtime
 
-    def build(_: ServeSettings) -> Backend:
+    def build(_settings: ServeSettings, _fetcher: Fetcher) -> Backend:
         if hold is not None:
             hold.wait()
         return runtime

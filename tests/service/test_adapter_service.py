@@ -79,7 +79,8 @@ async def test_unloading_tells_what_it_freed_and_the_next_request_loads_again(se
         ("absent", grpc.StatusCode.NOT_FOUND),
         ("spam@2", grpc.StatusCode.NOT_FOUND),
         ("", grpc.StatusCode.INVALID_ARGUMENT),
-        ("spam@one", grpc.StatusCode.INVALID_ARGUMENT),
+        ("spam@one", grpc.StatusCode.NOT_FOUND),  # an alias that it does not have
+        ("spam@1one", grpc.StatusCode.INVALID_ARGUMENT),
     ],
 )
 async def test_a_wrong_reference_is_named(server: Harness, method: str, reference: str, code: grpc.StatusCode) -> None:
@@ -129,7 +130,8 @@ async def test_registering_refused_files_says_which_and_lists_nothing(server: Ha
     ("request_", "field"),
     [
         (pb.RegisterAdapterRequest(name="", source="spam"), "name"),
-        (pb.RegisterAdapterRequest(name="a/b", source="spam"), "name"),
+        (pb.RegisterAdapterRequest(name="a/b/c", source="spam"), "name"),
+        (pb.RegisterAdapterRequest(name="a@1", source="spam"), "name"),
         (pb.RegisterAdapterRequest(name="base", source="spam"), "name"),
         (pb.RegisterAdapterRequest(name="new", source="spam", version=0), "version"),
         (pb.RegisterAdapterRequest(name="new", source="spam", version=2_000_000_000), "version"),

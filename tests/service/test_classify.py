@@ -93,7 +93,7 @@ async def test_a_long_text_is_cut_when_asked(server: Harness) -> None:
     ("request_", "field"),
     [
         (classify_request("", "one"), "adapter"),
-        (classify_request("spam@x", "one"), "adapter"),
+        (classify_request("spam@1x", "one"), "adapter"),
         (classify_request("spam@0", "one"), "adapter"),
         (classify_request("spam@", "one"), "adapter"),
         (classify_request("../spam", "one"), "adapter"),

@@ -15,7 +15,7 @@ import torch
 
 from lora_runtime.adapters.base_spec import BaseSpec
 from lora_runtime.adapters.checkpoint import Checkpoint, read_checkpoint
-from lora_runtime.adapters.fingerprint import file_sha256
+from lora_runtime.adapters.digests import file_sha256
 from lora_runtime.adapters.folder import AdapterFolder
 from lora_runtime.adapters.image import head_views, plan_image, write_image
 from lora_runtime.adapters.metadata import AdapterMetadata

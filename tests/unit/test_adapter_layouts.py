@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from lora_runtime.adapters.checkpoint import Checkpoint, read_checkpoint
-from lora_runtime.adapters.fingerprint import file_sha256
+from lora_runtime.adapters.digests import file_sha256
 from lora_runtime.adapters.plan import read_card
 from lora_runtime.errors import AdapterRejected
 from tests.unit.base_specs import VOCABULARY, WIDTH, spec_of

@@ -39,7 +39,9 @@ def info(folder: Path, digest: str | None = "", card: bool = True) -> AdapterInf
     if digest == "":
         digest = tokenizer_identity(open_folder(folder))
     known = AdapterCard(Task.CLASSIFY, None, ProblemType.SINGLE_LABEL, None, None, None, tokenizer_sha256=digest)
-    return AdapterInfo(AdapterId("default", folder.name, 1), folder, AdapterState.READY, known if card else None)
+    return AdapterInfo(
+        AdapterId("default", folder.name, 1), str(folder), folder, AdapterState.READY, known if card else None
+    )
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from lora_runtime.adapters.checkpoint import read_checkpoint
+from lora_runtime.adapters.checkpoint import read_planned
 from lora_runtime.arena import RankArena, SlotTable
 from lora_runtime.engine import Engine, EngineSettings
 from lora_runtime.errors import (
@@ -28,9 +28,9 @@ from lora_runtime.errors import (
     MultiloraError,
     RequestCancelled,
 )
+from lora_runtime.observers import EngineObserver
 from lora_runtime.types import (
     AdapterId,
-    AdapterInfo,
     AdapterState,
     BatchStats,
     Request,
@@ -60,7 +60,7 @@ def _shapes(rank: int) -> list[tuple[str, tuple[int, int]]]:
     return [("A", (rank, WIDTH)), ("B", (WIDTH, rank))]
 
 
-class Recorder:
+class Recorder(EngineObserver):
     """Keeps everything the engine tells."""
 
     def __init__(self) -> None:
@@ -73,9 +73,6 @@ class Recorder:
     def on_result(self, request: Request, result: Result | MultiloraError) -> None:
         self.results.append((request.request_id, result))
 
-    def on_adapter(self, info: AdapterInfo) -> None:
-        pass
-
 
 class Rig:
     def __init__(self, folder: Path, num_adapters: int = 3, arena_bytes: int = 1 << 20, **settings: int) -> None:
@@ -83,7 +80,8 @@ class Rig:
         spec = fake_spec()
         slots = SlotTable(len(spec.sites), spec.groups)
         self.recorder = Recorder()
-        self.engine = Engine(spec, self.runner, RankArena(arena_bytes), slots, EngineSettings(**settings))
+        self.arena = RankArena(arena_bytes)
+        self.engine = Engine(spec, self.runner, self.arena, slots, EngineSettings(**settings))
         self.engine.add_observer(self.recorder)
         self.engine.start()
         self.count = 0
@@ -155,13 +153,13 @@ def test_a_slow_load_does_not_delay_other_adapters(make: Callable[..., Rig], mon
     rig = make()
     rig.engine.load(adapter_id(0)).result(5)
     release = threading.Event()
-    read = loader.read_checkpoint
+    read = loader.read_planned
 
     def slow(*args: object) -> object:
         release.wait(10)
         return read(*args)  # pyright: ignore
 
-    monkeypatch.setattr(loader, "read_checkpoint", slow)
+    monkeypatch.setattr(loader, "read_planned", slow)
     waiting = rig.engine.submit(rig.request(1))
     for _ in range(20):
         assert rig.engine.submit(rig.request(0)).result(1).outputs[0].logits[0] == 3.0
@@ -271,9 +269,9 @@ def test_while_mended_json_is_read_again_nobody_is_answered_unchecked(
 
     def slow(*args: object) -> object:
         gate.wait(5)
-        return read_checkpoint(*args)  # pyright: ignore[reportArgumentType]
+        return read_planned(*args)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr("lora_runtime.adapters.loader.read_checkpoint", slow)
+    monkeypatch.setattr("lora_runtime.adapters.loader.read_planned", slow)
     loading = rig.engine.load(adapter_id(7))
     request = replace(rig.request(7), task=Task.EMBED)
     with pytest.raises(AdapterFailed, match="not valid JSON"):
@@ -285,9 +283,9 @@ def test_while_mended_json_is_read_again_nobody_is_answered_unchecked(
 def test_unload_frees_the_bytes_and_a_later_request_loads_again(make: Callable[..., Rig]) -> None:
     rig = make()
     resident = rig.engine.load(adapter_id(0)).result(5).resident_bytes
-    assert rig.engine.arena_used_bytes == resident > 0
+    assert rig.arena.used_bytes == resident > 0
     assert rig.engine.unload(adapter_id(0)).result(5).freed_bytes == resident
-    assert rig.engine.arena_used_bytes == 0
+    assert rig.arena.used_bytes == 0
     assert rig.engine.unload(adapter_id(0)).result(5).freed_bytes == 0
     assert rig.engine.submit(rig.request(0)).result(5).outputs[0].logits[0] == 3.0
 
@@ -299,7 +297,7 @@ def test_more_adapters_than_fit_are_all_answered(make: Callable[..., Rig]) -> No
     for number, future in futures:
         assert future.result(10).outputs[0].logits[0] == number + 3.0
     rig.engine.check_integrity()
-    assert rig.engine.arena_used_bytes <= 2 * 320
+    assert rig.arena.used_bytes <= 2 * 320
 
 
 def test_an_adapter_wider_than_the_arena_is_refused_with_the_sizes(make: Callable[..., Rig]) -> None:

@@ -18,6 +18,7 @@ from lora_runtime.errors import (
     AdapterFailed,
     AdapterNotFound,
     AdapterRejected,
+    AliasNotFound,
     BaseModelUnsupported,
     EngineStopped,
     InvalidRequest,
@@ -67,8 +68,10 @@ def test_what_is_not_there_or_not_right_raises_its_own_error(runtime: Runtime, r
         runtime.classify("nobody", ["one"])
     with pytest.raises(AdapterNotFound, match="news@2"):
         runtime.classify("news@2", ["one"])
-    with pytest.raises(InvalidRequest, match="positive integer"):
+    with pytest.raises(AliasNotFound, match="news@x"):
         runtime.classify("news@x", ["one"])
+    with pytest.raises(InvalidRequest, match="positive integer"):
+        runtime.classify("news@1x", ["one"])
     with pytest.raises(AdapterAlreadyExists):
         runtime.load(root / "news")
     with pytest.raises(AdapterRejected, match="not a folder"):

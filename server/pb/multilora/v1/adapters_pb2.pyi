@@ -27,13 +27,13 @@ class _AdapterState:
 class _AdapterStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdapterState.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     ADAPTER_STATE_UNSPECIFIED: _AdapterState.ValueType  # 0
-    """Never sent."""
+    """Never sent. In a filter: any."""
     ADAPTER_STATE_REGISTERED: _AdapterState.ValueType  # 1
     """Known; nothing of it is in memory."""
     ADAPTER_STATE_FETCHING: _AdapterState.ValueType  # 2
-    """Its files are being read and validated."""
+    """Its files are being fetched, read and validated."""
     ADAPTER_STATE_HOST: _AdapterState.ValueType  # 3
-    """Validated and in host memory, waiting for room on the device."""
+    """Validated and in host memory, but not on the device."""
     ADAPTER_STATE_COPYING: _AdapterState.ValueType  # 4
     """Being copied to the device."""
     ADAPTER_STATE_READY: _AdapterState.ValueType  # 5
@@ -47,13 +47,13 @@ class AdapterState(_AdapterState, metaclass=_AdapterStateEnumTypeWrapper):
     """How far an adapter is on its way to device memory."""
 
 ADAPTER_STATE_UNSPECIFIED: AdapterState.ValueType  # 0
-"""Never sent."""
+"""Never sent. In a filter: any."""
 ADAPTER_STATE_REGISTERED: AdapterState.ValueType  # 1
 """Known; nothing of it is in memory."""
 ADAPTER_STATE_FETCHING: AdapterState.ValueType  # 2
-"""Its files are being read and validated."""
+"""Its files are being fetched, read and validated."""
 ADAPTER_STATE_HOST: AdapterState.ValueType  # 3
-"""Validated and in host memory, waiting for room on the device."""
+"""Validated and in host memory, but not on the device."""
 ADAPTER_STATE_COPYING: AdapterState.ValueType  # 4
 """Being copied to the device."""
 ADAPTER_STATE_READY: AdapterState.ValueType  # 5
@@ -72,19 +72,23 @@ class AdapterFailure(_message.Message):
 
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    RETRYABLE_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
     """Stable upper-case code, the same as `ErrorInfo.reason` of the error an rpc gets."""
     message: _builtins.str
     """What is wrong, where, and the remedy; for people."""
+    retryable: _builtins.bool
+    """Whether a later request tries again by itself, because the cause may pass (a store that was out of reach)."""
     def __init__(
         self,
         *,
         reason: _builtins.str = ...,
         message: _builtins.str = ...,
+        retryable: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "reason", b"reason", "retryable", b"retryable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -134,6 +138,10 @@ class Adapter(_message.Message):
     POOLING_FIELD_NUMBER: _builtins.int
     NORMALIZE_FIELD_NUMBER: _builtins.int
     OWN_TOKENIZER_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    HOST_BYTES_FIELD_NUMBER: _builtins.int
+    ALIASES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name: `tenants/{tenant}/adapters/{adapter}/versions/{version}`."""
     version: _builtins.int
@@ -143,7 +151,7 @@ class Adapter(_message.Message):
     digest: _builtins.str
     """SHA-256 over its content, in lower-case hex; empty until it is loaded for the first time."""
     task: _common_pb2.Task.ValueType
-    """What it answers."""
+    """What it answers. Unspecified until its files are read for the first time."""
     problem_type: _common_pb2.ProblemType.ValueType
     """How its logits become scores."""
     max_length: _builtins.int
@@ -164,6 +172,12 @@ class Adapter(_message.Message):
     """Whether its vectors are divided by their length; only for task EMBED."""
     own_tokenizer: _builtins.bool
     """Whether texts are tokenised with a tokenizer from its own folder instead of the base's."""
+    source: _builtins.str
+    """Where its files come from: a folder relative to the adapter root, `upload`, or a URL with its pinned revision."""
+    pinned: _builtins.bool
+    """Whether it stays in device memory until it is unpinned."""
+    host_bytes: _builtins.int
+    """Bytes of host memory it holds beside the device; always 0 on a CPU, where both are the same bytes."""
     @_builtins.property
     def failure(self) -> Global___AdapterFailure:
         """Why it is refused; set only in state FAILED."""
@@ -179,6 +193,10 @@ class Adapter(_message.Message):
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Metrics on validation data, as its training recorded them (for example `accuracy`, between 0 and 1)."""
+
+    @_builtins.property
+    def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Aliases that lead to this version, `default` among them; of a weighted alias both versions have it."""
 
     def __init__(
         self,
@@ -201,10 +219,14 @@ class Adapter(_message.Message):
         pooling: _common_pb2.Pooling.ValueType = ...,
         normalize: _builtins.bool = ...,
         own_tokenizer: _builtins.bool = ...,
+        source: _builtins.str = ...,
+        pinned: _builtins.bool = ...,
+        host_bytes: _builtins.int = ...,
+        aliases: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_load_seconds", b"_load_seconds", "_max_length", b"_max_length", "failure", b"failure", "load_seconds", b"load_seconds", "max_length", b"max_length"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_load_seconds", b"_load_seconds", "_max_length", b"_max_length", "base_model_name", b"base_model_name", "digest", b"digest", "failure", b"failure", "labels", b"labels", "load_seconds", b"load_seconds", "max_length", b"max_length", "metrics", b"metrics", "name", b"name", "normalize", b"normalize", "num_parameters", b"num_parameters", "own_tokenizer", b"own_tokenizer", "pooling", b"pooling", "problem_type", b"problem_type", "ranks", b"ranks", "resident_bytes", b"resident_bytes", "state", b"state", "task", b"task", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_load_seconds", b"_load_seconds", "_max_length", b"_max_length", "aliases", b"aliases", "base_model_name", b"base_model_name", "digest", b"digest", "failure", b"failure", "host_bytes", b"host_bytes", "labels", b"labels", "load_seconds", b"load_seconds", "max_length", b"max_length", "metrics", b"metrics", "name", b"name", "normalize", b"normalize", "num_parameters", b"num_parameters", "own_tokenizer", b"own_tokenizer", "pinned", b"pinned", "pooling", b"pooling", "problem_type", b"problem_type", "ranks", b"ranks", "resident_bytes", b"resident_bytes", "source", b"source", "state", b"state", "task", b"task", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__load_seconds: _TypeAlias = _typing.Literal["load_seconds"]  # noqa: Y015
     _WhichOneofArgType__load_seconds: _TypeAlias = _typing.Literal["_load_seconds", b"_load_seconds"]  # noqa: Y015
@@ -218,30 +240,78 @@ class Adapter(_message.Message):
 Global___Adapter: _TypeAlias = Adapter  # noqa: Y015
 
 @_typing.final
+class Alias(_message.Message):
+    """A movable name of one adapter's versions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    CANARY_VERSION_FIELD_NUMBER: _builtins.int
+    CANARY_PERCENT_FIELD_NUMBER: _builtins.int
+    PREVIOUS_VERSION_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Resource name: `tenants/{tenant}/adapters/{adapter}/aliases/{alias}`."""
+    version: _builtins.int
+    """The version it leads to."""
+    canary_version: _builtins.int
+    """Of a weighted alias: the version that gets `canary_percent` of the requests. 0: none."""
+    canary_percent: _builtins.float
+    """Share of requests that the canary gets, more than 0 and less than 100. A key that the canary answers at some
+    percentage is answered by it at every higher one.
+    """
+    previous_version: _builtins.int
+    """Where `rollback` leads: the version before the last move. 0: there was none."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        version: _builtins.int = ...,
+        canary_version: _builtins.int = ...,
+        canary_percent: _builtins.float = ...,
+        previous_version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["canary_percent", b"canary_percent", "canary_version", b"canary_version", "name", b"name", "previous_version", b"previous_version", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Alias: _TypeAlias = Alias  # noqa: Y015
+
+@_typing.final
 class RegisterAdapterRequest(_message.Message):
-    """A folder to register."""
+    """A version to register."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Adapter name: 1 to 128 letters, digits, '.', '_' or '-', a letter or digit first. Not `base`."""
+    """Adapter: `name`, `tenant/name`, or `tenants/T/adapters/A`. Names have 1 to 128 letters, digits, '.', '_' or '-', a
+    letter or digit first. Not `base`.
+    """
     version: _builtins.int
     """Version, a positive integer. Unset: one more than the highest registered version of this name."""
     source: _builtins.str
-    """Folder of the adapter, relative to the server's adapter root, such as `news-v2`. It must lie inside the root."""
+    """Folder of the adapter relative to the server's adapter root, such as `news-v2`; or a URL under one of the prefixes
+    that the server was started with, such as `s3://bucket/news-v2` or `hf://org/news@main`.
+    """
+    request_id: _builtins.str
+    """Makes a repetition harmless; at most 128 characters. Empty: each call stands for itself."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         version: _builtins.int | None = ...,
         source: _builtins.str = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "name", b"name", "source", b"source", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "name", b"name", "request_id", b"request_id", "source", b"source", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
     _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015
@@ -274,6 +344,252 @@ class RegisterAdapterResponse(_message.Message):
 Global___RegisterAdapterResponse: _TypeAlias = RegisterAdapterResponse  # noqa: Y015
 
 @_typing.final
+class UploadFile(_message.Message):
+    """A file of an upload."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """Its name, such as `adapter_config.json`; at most one folder deep, such as `1_Pooling/config.json`."""
+    num_bytes: _builtins.int
+    """Its size in bytes."""
+    sha256: _builtins.str
+    """SHA-256 of its bytes, in lower-case hex."""
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        num_bytes: _builtins.int = ...,
+        sha256: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_bytes", b"num_bytes", "path", b"path", "sha256", b"sha256"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UploadFile: _TypeAlias = UploadFile  # noqa: Y015
+
+@_typing.final
+class UploadHeader(_message.Message):
+    """What an upload is going to send."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """As in RegisterAdapterRequest."""
+    version: _builtins.int
+    """As in RegisterAdapterRequest."""
+    request_id: _builtins.str
+    """As in RegisterAdapterRequest."""
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___UploadFile]:
+        """Its files, in the order in which their bytes follow."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        version: _builtins.int | None = ...,
+        files: _abc.Iterable[Global___UploadFile] | None = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "files", b"files", "name", b"name", "request_id", b"request_id", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
+    _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__version) -> _WhichOneofReturnType__version | None: ...
+
+Global___UploadHeader: _TypeAlias = UploadHeader  # noqa: Y015
+
+@_typing.final
+class UploadAdapterRequest(_message.Message):
+    """One message of an upload."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """The next bytes of all files, one after the other as the header lists them; at most 4 MiB a message."""
+    @_builtins.property
+    def header(self) -> Global___UploadHeader:
+        """The first message, and no other."""
+
+    def __init__(
+        self,
+        *,
+        header: Global___UploadHeader | None = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "header", b"header", "payload", b"payload"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "header", b"header", "payload", b"payload"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["header", "data"]  # noqa: Y015
+    _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_payload) -> _WhichOneofReturnType_payload | None: ...
+
+Global___UploadAdapterRequest: _TypeAlias = UploadAdapterRequest  # noqa: Y015
+
+@_typing.final
+class UploadAdapterResponse(_message.Message):
+    """The adapter that was uploaded."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapter(self) -> Global___Adapter:
+        """The new version, in state REGISTERED."""
+
+    def __init__(
+        self,
+        *,
+        adapter: Global___Adapter | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UploadAdapterResponse: _TypeAlias = UploadAdapterResponse  # noqa: Y015
+
+@_typing.final
+class GetAdapterRequest(_message.Message):
+    """An adapter to look up."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    """As the service says."""
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetAdapterRequest: _TypeAlias = GetAdapterRequest  # noqa: Y015
+
+@_typing.final
+class GetAdapterResponse(_message.Message):
+    """The adapter that was asked for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    ALIASES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapter(self) -> Global___Adapter:
+        """The adapter."""
+
+    @_builtins.property
+    def aliases(self) -> _containers.RepeatedCompositeFieldContainer[Global___Alias]:
+        """Every alias of its name, `default` first."""
+
+    def __init__(
+        self,
+        *,
+        adapter: Global___Adapter | None = ...,
+        aliases: _abc.Iterable[Global___Alias] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "aliases", b"aliases"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetAdapterResponse: _TypeAlias = GetAdapterResponse  # noqa: Y015
+
+@_typing.final
+class ListAdaptersRequest(_message.Message):
+    """Which adapters to return, and which page of them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    NAME_PREFIX_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    TASK_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """Most adapters to return, 0 to 1000. 0: 100."""
+    page_token: _builtins.str
+    """`next_page_token` of the page before, with the same filters; empty for the first page."""
+    tenant: _builtins.str
+    """Only this tenant's. Empty: `default`. `-`: of all tenants."""
+    name_prefix: _builtins.str
+    """Only adapters whose name begins so."""
+    state: Global___AdapterState.ValueType
+    """Only adapters in this state. Unspecified: any."""
+    task: _common_pb2.Task.ValueType
+    """Only adapters that answer this task. Unspecified: any."""
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+        name_prefix: _builtins.str = ...,
+        state: Global___AdapterState.ValueType = ...,
+        task: _common_pb2.Task.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name_prefix", b"name_prefix", "page_size", b"page_size", "page_token", b"page_token", "state", b"state", "task", b"task", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAdaptersRequest: _TypeAlias = ListAdaptersRequest  # noqa: Y015
+
+@_typing.final
+class ListAdaptersResponse(_message.Message):
+    """One page of adapters."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Token of the next page; empty on the last one. Adapters registered meanwhile may appear on later pages;
+    none is skipped or repeated.
+    """
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Adapter]:
+        """Adapters ordered by tenant, name and version."""
+
+    def __init__(
+        self,
+        *,
+        adapters: _abc.Iterable[Global___Adapter] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAdaptersResponse: _TypeAlias = ListAdaptersResponse  # noqa: Y015
+
+@_typing.final
 class LoadAdapterRequest(_message.Message):
     """An adapter to load."""
 
@@ -282,7 +598,7 @@ class LoadAdapterRequest(_message.Message):
     ADAPTER_FIELD_NUMBER: _builtins.int
     WAIT_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
-    """`name`, `name@version`, or a resource name, as in ClassifyRequest."""
+    """As the service says."""
     wait: _builtins.bool
     """Answer when the adapter is resident or refused. Unset: start the load and answer at once; GetAdapter tells
     how it went.
@@ -327,13 +643,13 @@ Global___LoadAdapterResponse: _TypeAlias = LoadAdapterResponse  # noqa: Y015
 
 @_typing.final
 class UnloadAdapterRequest(_message.Message):
-    """An adapter to take out of device memory."""
+    """An adapter to take out of memory."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ADAPTER_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
-    """`name`, `name@version`, or a resource name, as in ClassifyRequest."""
+    """As the service says."""
     def __init__(
         self,
         *,
@@ -355,8 +671,11 @@ class UnloadAdapterResponse(_message.Message):
 
     ADAPTER_FIELD_NUMBER: _builtins.int
     FREED_BYTES_FIELD_NUMBER: _builtins.int
+    FREED_HOST_BYTES_FIELD_NUMBER: _builtins.int
     freed_bytes: _builtins.int
     """Bytes of device memory that became free; 0 when it was not resident."""
+    freed_host_bytes: _builtins.int
+    """Bytes of host memory beside the device that became free; always 0 on a CPU."""
     @_builtins.property
     def adapter(self) -> Global___Adapter:
         """The adapter after it was unloaded."""
@@ -366,47 +685,56 @@ class UnloadAdapterResponse(_message.Message):
         *,
         adapter: Global___Adapter | None = ...,
         freed_bytes: _builtins.int = ...,
+        freed_host_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "freed_bytes", b"freed_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "freed_bytes", b"freed_bytes", "freed_host_bytes", b"freed_host_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UnloadAdapterResponse: _TypeAlias = UnloadAdapterResponse  # noqa: Y015
 
 @_typing.final
-class GetAdapterRequest(_message.Message):
-    """An adapter to look up."""
+class PinAdapterRequest(_message.Message):
+    """An adapter to pin or to unpin."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ADAPTER_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
-    """`name`, `name@version`, or a resource name, as in ClassifyRequest."""
+    """As the service says."""
+    pinned: _builtins.bool
+    """Keep it in device memory; false lets it be evicted again."""
+    request_id: _builtins.str
+    """Makes a repetition harmless; at most 128 characters."""
     def __init__(
         self,
         *,
         adapter: _builtins.str = ...,
+        pinned: _builtins.bool = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "pinned", b"pinned", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___GetAdapterRequest: _TypeAlias = GetAdapterRequest  # noqa: Y015
+Global___PinAdapterRequest: _TypeAlias = PinAdapterRequest  # noqa: Y015
 
 @_typing.final
-class GetAdapterResponse(_message.Message):
-    """The adapter that was asked for."""
+class PinAdapterResponse(_message.Message):
+    """The adapter after it was pinned or unpinned."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ADAPTER_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def adapter(self) -> Global___Adapter:
-        """The adapter."""
+        """The adapter; state READY when it was pinned."""
 
     def __init__(
         self,
@@ -419,60 +747,253 @@ class GetAdapterResponse(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___GetAdapterResponse: _TypeAlias = GetAdapterResponse  # noqa: Y015
+Global___PinAdapterResponse: _TypeAlias = PinAdapterResponse  # noqa: Y015
 
 @_typing.final
-class ListAdaptersRequest(_message.Message):
-    """Which page of adapters to return."""
+class SetAliasRequest(_message.Message):
+    """Where an alias should lead."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    PAGE_SIZE_FIELD_NUMBER: _builtins.int
-    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
-    page_size: _builtins.int
-    """Most adapters to return, 0 to 1000. 0: 100."""
-    page_token: _builtins.str
-    """`next_page_token` of the page before; empty for the first page."""
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    ALIAS_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    CANARY_VERSION_FIELD_NUMBER: _builtins.int
+    CANARY_PERCENT_FIELD_NUMBER: _builtins.int
+    ROLLBACK_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    """Adapter: `name`, `tenant/name`, or `tenants/T/adapters/A`."""
+    alias: _builtins.str
+    """Alias: `default`, or a name that is no number, such as `prod`."""
+    version: _builtins.int
+    """The version it should lead to. 0 only with `rollback`."""
+    canary_version: _builtins.int
+    """Of a weighted alias, as in Alias. 0: all requests go to `version`."""
+    canary_percent: _builtins.float
+    """As in Alias."""
+    rollback: _builtins.bool
+    """Lead back to where the alias was before its last move; no version is given then."""
+    request_id: _builtins.str
+    """Makes a repetition harmless; at most 128 characters."""
     def __init__(
         self,
         *,
-        page_size: _builtins.int = ...,
-        page_token: _builtins.str = ...,
+        adapter: _builtins.str = ...,
+        alias: _builtins.str = ...,
+        version: _builtins.int = ...,
+        canary_version: _builtins.int = ...,
+        canary_percent: _builtins.float = ...,
+        rollback: _builtins.bool = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "alias", b"alias", "canary_percent", b"canary_percent", "canary_version", b"canary_version", "request_id", b"request_id", "rollback", b"rollback", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___ListAdaptersRequest: _TypeAlias = ListAdaptersRequest  # noqa: Y015
+Global___SetAliasRequest: _TypeAlias = SetAliasRequest  # noqa: Y015
 
 @_typing.final
-class ListAdaptersResponse(_message.Message):
-    """One page of adapters."""
+class SetAliasResponse(_message.Message):
+    """The alias after it moved."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    ADAPTERS_FIELD_NUMBER: _builtins.int
-    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
-    next_page_token: _builtins.str
-    """Token of the next page; empty on the last one. Adapters registered meanwhile may appear on later pages;
-    none is skipped or repeated.
-    """
+    ALIAS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Adapter]:
-        """Adapters ordered by name and version."""
+    def alias(self) -> Global___Alias:
+        """The alias."""
 
     def __init__(
         self,
         *,
-        adapters: _abc.Iterable[Global___Adapter] | None = ...,
-        next_page_token: _builtins.str = ...,
+        alias: Global___Alias | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "next_page_token", b"next_page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___ListAdaptersResponse: _TypeAlias = ListAdaptersResponse  # noqa: Y015
+Global___SetAliasResponse: _TypeAlias = SetAliasResponse  # noqa: Y015
+
+@_typing.final
+class DeleteAliasRequest(_message.Message):
+    """An alias to remove."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    ALIAS_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    """Adapter: `name`, `tenant/name`, or `tenants/T/adapters/A`."""
+    alias: _builtins.str
+    """Alias; not `default`."""
+    request_id: _builtins.str
+    """Makes a repetition harmless; at most 128 characters."""
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+        alias: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "alias", b"alias", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteAliasRequest: _TypeAlias = DeleteAliasRequest  # noqa: Y015
+
+@_typing.final
+class DeleteAliasResponse(_message.Message):
+    """The alias is gone."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteAliasResponse: _TypeAlias = DeleteAliasResponse  # noqa: Y015
+
+@_typing.final
+class DeleteAdapterRequest(_message.Message):
+    """An adapter version to delete."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    """As the service says; it must name a version."""
+    request_id: _builtins.str
+    """Makes a repetition harmless; at most 128 characters."""
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteAdapterRequest: _TypeAlias = DeleteAdapterRequest  # noqa: Y015
+
+@_typing.final
+class DeleteAdapterResponse(_message.Message):
+    """What deleting did."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FREED_BYTES_FIELD_NUMBER: _builtins.int
+    FREED_HOST_BYTES_FIELD_NUMBER: _builtins.int
+    FREED_DISK_BYTES_FIELD_NUMBER: _builtins.int
+    freed_bytes: _builtins.int
+    """Bytes of device memory that became free."""
+    freed_host_bytes: _builtins.int
+    """Bytes of host memory beside the device that became free; always 0 on a CPU."""
+    freed_disk_bytes: _builtins.int
+    """Bytes of disk that became free: an uploaded adapter's files, and what was cached of a URL."""
+    def __init__(
+        self,
+        *,
+        freed_bytes: _builtins.int = ...,
+        freed_host_bytes: _builtins.int = ...,
+        freed_disk_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["freed_bytes", b"freed_bytes", "freed_disk_bytes", b"freed_disk_bytes", "freed_host_bytes", b"freed_host_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteAdapterResponse: _TypeAlias = DeleteAdapterResponse  # noqa: Y015
+
+@_typing.final
+class WatchAdaptersRequest(_message.Message):
+    """What to watch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    RESUME_TOKEN_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    """Only this tenant's. Empty: `default`. `-`: of all tenants."""
+    resume_token: _builtins.str
+    """`resume_token` of the last message that was read; empty to begin with what there is. A token that is too old, or
+    from before a restart, begins with what there is as well.
+    """
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        resume_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["resume_token", b"resume_token", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchAdaptersRequest: _TypeAlias = WatchAdaptersRequest  # noqa: Y015
+
+@_typing.final
+class WatchAdaptersResponse(_message.Message):
+    """One thing that changed, or that there is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    DELETED_ADAPTER_FIELD_NUMBER: _builtins.int
+    ALIAS_FIELD_NUMBER: _builtins.int
+    DELETED_ALIAS_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_COMPLETE_FIELD_NUMBER: _builtins.int
+    RESUME_TOKEN_FIELD_NUMBER: _builtins.int
+    deleted_adapter: _builtins.str
+    """Resource name of an adapter version that was deleted."""
+    deleted_alias: _builtins.str
+    """Resource name of an alias that was removed."""
+    snapshot_complete: _builtins.bool
+    """The stream has sent what there is; from here on come changes. What was not sent before is not there."""
+    resume_token: _builtins.str
+    """Resume after this message. Empty until the snapshot is complete."""
+    @_builtins.property
+    def adapter(self) -> Global___Adapter:
+        """An adapter as it is now."""
+
+    @_builtins.property
+    def alias(self) -> Global___Alias:
+        """An alias as it is now."""
+
+    def __init__(
+        self,
+        *,
+        adapter: Global___Adapter | None = ...,
+        deleted_adapter: _builtins.str = ...,
+        alias: Global___Alias | None = ...,
+        deleted_alias: _builtins.str = ...,
+        snapshot_complete: _builtins.bool = ...,
+        resume_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "alias", b"alias", "change", b"change", "deleted_adapter", b"deleted_adapter", "deleted_alias", b"deleted_alias", "snapshot_complete", b"snapshot_complete"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "alias", b"alias", "change", b"change", "deleted_adapter", b"deleted_adapter", "deleted_alias", b"deleted_alias", "resume_token", b"resume_token", "snapshot_complete", b"snapshot_complete"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_change: _TypeAlias = _typing.Literal["adapter", "deleted_adapter", "alias", "deleted_alias", "snapshot_complete"]  # noqa: Y015
+    _WhichOneofArgType_change: _TypeAlias = _typing.Literal["change", b"change"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_change) -> _WhichOneofReturnType_change | None: ...
+
+Global___WatchAdaptersResponse: _TypeAlias = WatchAdaptersResponse  # noqa: Y015

@@ -26,7 +26,15 @@ if _version_not_supported:
 
 
 class AdapterServiceStub:
-    """Manages the adapters a running server knows. A version is immutable once registered.
+    """Manages the adapters a running server knows. A version is immutable once registered; aliases move between versions.
+
+    `adapter` in requests is `name`, `name@version`, `name@alias`, each also with `tenant/` before it, or a resource name
+    `tenants/T/adapters/A`, `.../versions/V` or `.../aliases/L`. A bare name follows the alias `default`, which starts at
+    the first version and moves only when SetAlias moves it.
+
+    Calls that change something take a `request_id`: a repetition with the same id and content changes nothing and gets
+    the first answer again, also after a restart of the server. They are durable when they are answered, if the server
+    has a state directory.
     """
 
     def __init__(self, channel):
@@ -40,15 +48,10 @@ class AdapterServiceStub:
                 request_serializer=multilora_dot_v1_dot_adapters__pb2.RegisterAdapterRequest.SerializeToString,
                 response_deserializer=multilora_dot_v1_dot_adapters__pb2.RegisterAdapterResponse.FromString,
                 _registered_method=True)
-        self.LoadAdapter = channel.unary_unary(
-                '/multilora.v1.AdapterService/LoadAdapter',
-                request_serializer=multilora_dot_v1_dot_adapters__pb2.LoadAdapterRequest.SerializeToString,
-                response_deserializer=multilora_dot_v1_dot_adapters__pb2.LoadAdapterResponse.FromString,
-                _registered_method=True)
-        self.UnloadAdapter = channel.unary_unary(
-                '/multilora.v1.AdapterService/UnloadAdapter',
-                request_serializer=multilora_dot_v1_dot_adapters__pb2.UnloadAdapterRequest.SerializeToString,
-                response_deserializer=multilora_dot_v1_dot_adapters__pb2.UnloadAdapterResponse.FromString,
+        self.UploadAdapter = channel.stream_unary(
+                '/multilora.v1.AdapterService/UploadAdapter',
+                request_serializer=multilora_dot_v1_dot_adapters__pb2.UploadAdapterRequest.SerializeToString,
+                response_deserializer=multilora_dot_v1_dot_adapters__pb2.UploadAdapterResponse.FromString,
                 _registered_method=True)
         self.GetAdapter = channel.unary_unary(
                 '/multilora.v1.AdapterService/GetAdapter',
@@ -60,47 +63,81 @@ class AdapterServiceStub:
                 request_serializer=multilora_dot_v1_dot_adapters__pb2.ListAdaptersRequest.SerializeToString,
                 response_deserializer=multilora_dot_v1_dot_adapters__pb2.ListAdaptersResponse.FromString,
                 _registered_method=True)
+        self.LoadAdapter = channel.unary_unary(
+                '/multilora.v1.AdapterService/LoadAdapter',
+                request_serializer=multilora_dot_v1_dot_adapters__pb2.LoadAdapterRequest.SerializeToString,
+                response_deserializer=multilora_dot_v1_dot_adapters__pb2.LoadAdapterResponse.FromString,
+                _registered_method=True)
+        self.UnloadAdapter = channel.unary_unary(
+                '/multilora.v1.AdapterService/UnloadAdapter',
+                request_serializer=multilora_dot_v1_dot_adapters__pb2.UnloadAdapterRequest.SerializeToString,
+                response_deserializer=multilora_dot_v1_dot_adapters__pb2.UnloadAdapterResponse.FromString,
+                _registered_method=True)
+        self.PinAdapter = channel.unary_unary(
+                '/multilora.v1.AdapterService/PinAdapter',
+                request_serializer=multilora_dot_v1_dot_adapters__pb2.PinAdapterRequest.SerializeToString,
+                response_deserializer=multilora_dot_v1_dot_adapters__pb2.PinAdapterResponse.FromString,
+                _registered_method=True)
+        self.SetAlias = channel.unary_unary(
+                '/multilora.v1.AdapterService/SetAlias',
+                request_serializer=multilora_dot_v1_dot_adapters__pb2.SetAliasRequest.SerializeToString,
+                response_deserializer=multilora_dot_v1_dot_adapters__pb2.SetAliasResponse.FromString,
+                _registered_method=True)
+        self.DeleteAlias = channel.unary_unary(
+                '/multilora.v1.AdapterService/DeleteAlias',
+                request_serializer=multilora_dot_v1_dot_adapters__pb2.DeleteAliasRequest.SerializeToString,
+                response_deserializer=multilora_dot_v1_dot_adapters__pb2.DeleteAliasResponse.FromString,
+                _registered_method=True)
+        self.DeleteAdapter = channel.unary_unary(
+                '/multilora.v1.AdapterService/DeleteAdapter',
+                request_serializer=multilora_dot_v1_dot_adapters__pb2.DeleteAdapterRequest.SerializeToString,
+                response_deserializer=multilora_dot_v1_dot_adapters__pb2.DeleteAdapterResponse.FromString,
+                _registered_method=True)
+        self.WatchAdapters = channel.unary_stream(
+                '/multilora.v1.AdapterService/WatchAdapters',
+                request_serializer=multilora_dot_v1_dot_adapters__pb2.WatchAdaptersRequest.SerializeToString,
+                response_deserializer=multilora_dot_v1_dot_adapters__pb2.WatchAdaptersResponse.FromString,
+                _registered_method=True)
 
 
 class AdapterServiceServicer:
-    """Manages the adapters a running server knows. A version is immutable once registered.
+    """Manages the adapters a running server knows. A version is immutable once registered; aliases move between versions.
+
+    `adapter` in requests is `name`, `name@version`, `name@alias`, each also with `tenant/` before it, or a resource name
+    `tenants/T/adapters/A`, `.../versions/V` or `.../aliases/L`. A bare name follows the alias `default`, which starts at
+    the first version and moves only when SetAlias moves it.
+
+    Calls that change something take a `request_id`: a repetition with the same id and content changes nothing and gets
+    the first answer again, also after a restart of the server. They are durable when they are answered, if the server
+    has a state directory.
     """
 
     def RegisterAdapter(self, request, context):
-        """Registers a folder under the server's adapter root as a version of an adapter. Reads and checks its JSON
-        files; its weights are read when it is loaded.
+        """Registers a version of an adapter: a folder under the server's adapter root, or a URL the server allows. Of a
+        folder the JSON files and the header of its weights are read and checked; of a URL the revision is pinned, and its
+        files are read when it is loaded.
 
         Errors: INVALID_ARGUMENT (`name`, `version` or `source` is wrong), ALREADY_EXISTS (that version is taken),
-        FAILED_PRECONDITION (the folder's files are refused; the message says which and why).
+        FAILED_PRECONDITION (the folder's files are refused; the message says which and why), UNAVAILABLE (the source
+        cannot be reached).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def LoadAdapter(self, request, context):
-        """Loads an adapter into device memory, so that its first request does not wait. Loading a resident adapter
-        does nothing.
+    def UploadAdapter(self, request_iterator, context):
+        """Sends an adapter's files and registers them. The first message is the header, those that follow are pieces of the
+        files in the header's order. Nothing is visible before the last byte has arrived and every SHA-256 agrees.
 
-        The base model, `base`, is always resident.
-
-        Errors: NOT_FOUND, FAILED_PRECONDITION (its files are refused, or it is larger than the whole arena).
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def UnloadAdapter(self, request, context):
-        """Takes an adapter out of device memory once the batches that use it are done. It stays registered, and its
-        next request loads it again.
-
-        Errors: NOT_FOUND, INVALID_ARGUMENT (`adapter` is wrong, or is `base`: the base model stays).
+        Errors: as RegisterAdapter; INVALID_ARGUMENT (a file name, size, SHA-256 or the order is wrong),
+        RESOURCE_EXHAUSTED (larger than the server takes), FAILED_PRECONDITION (the server has no state directory).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetAdapter(self, request, context):
-        """Returns one adapter version.
+        """Returns one adapter version, and the aliases of its adapter.
 
         Errors: NOT_FOUND, INVALID_ARGUMENT.
         """
@@ -109,9 +146,86 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListAdapters(self, request, context):
-        """Lists adapter versions, refused ones included, ordered by name and version.
+        """Lists adapter versions, refused ones included, ordered by tenant, name and version.
 
-        Errors: INVALID_ARGUMENT (`page_size` or `page_token` is wrong).
+        Errors: INVALID_ARGUMENT (a filter, `page_size` or `page_token` is wrong).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LoadAdapter(self, request, context):
+        """Loads an adapter into device memory, so that its first request does not wait. Loading a resident adapter
+        does nothing; one that was refused is tried again.
+
+        The base model, `base`, is always resident.
+
+        Errors: NOT_FOUND, FAILED_PRECONDITION (its files are refused, or it is larger than the arena or than what pinned
+        adapters leave of it), ABORTED (it was unloaded or deleted meanwhile), DEADLINE_EXCEEDED (the load goes on).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadAdapter(self, request, context):
+        """Takes an adapter out of memory once the batches that use it are done. It stays registered, and its
+        next request loads it again.
+
+        Errors: NOT_FOUND, INVALID_ARGUMENT (`adapter` is wrong, or is `base`: the base model stays), FAILED_PRECONDITION
+        (it is pinned).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PinAdapter(self, request, context):
+        """Loads an adapter and keeps it in device memory, or lets it be evicted again.
+
+        Errors: as LoadAdapter; one that cannot be loaded is not pinned.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetAlias(self, request, context):
+        """Moves a name such as `prod` to a version, between two batches. The version is loaded first; when that fails, the
+        alias stays where it was. Requests in flight finish on the version they started on; those that come after the
+        answer get the new one.
+
+        Errors: NOT_FOUND, INVALID_ARGUMENT, FAILED_PRECONDITION (a version cannot be loaded, or there is nothing to roll
+        back to).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteAlias(self, request, context):
+        """Removes an alias. `default` cannot be removed.
+
+        Errors: NOT_FOUND, INVALID_ARGUMENT.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteAdapter(self, request, context):
+        """Forgets one adapter version and frees what it holds; requests in flight are answered. Files that were uploaded
+        are removed. A folder that still lies under the adapter root is registered again when the server restarts or its
+        files change.
+
+        Errors: NOT_FOUND, INVALID_ARGUMENT (`base`, or no version is named), FAILED_PRECONDITION (it is pinned, or an alias
+        other than `default` points to it; so does `default` while the adapter has other versions).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchAdapters(self, request, context):
+        """Streams every change: of an adapter's state, of aliases, and deletions. A new stream begins with what there is; one
+        that resumes from `resume_token` gets what it missed. A reader that is too slow is ended with ABORTED and can
+        resume.
+
+        Errors: INVALID_ARGUMENT, ABORTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -125,15 +239,10 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     request_deserializer=multilora_dot_v1_dot_adapters__pb2.RegisterAdapterRequest.FromString,
                     response_serializer=multilora_dot_v1_dot_adapters__pb2.RegisterAdapterResponse.SerializeToString,
             ),
-            'LoadAdapter': grpc.unary_unary_rpc_method_handler(
-                    servicer.LoadAdapter,
-                    request_deserializer=multilora_dot_v1_dot_adapters__pb2.LoadAdapterRequest.FromString,
-                    response_serializer=multilora_dot_v1_dot_adapters__pb2.LoadAdapterResponse.SerializeToString,
-            ),
-            'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
-                    servicer.UnloadAdapter,
-                    request_deserializer=multilora_dot_v1_dot_adapters__pb2.UnloadAdapterRequest.FromString,
-                    response_serializer=multilora_dot_v1_dot_adapters__pb2.UnloadAdapterResponse.SerializeToString,
+            'UploadAdapter': grpc.stream_unary_rpc_method_handler(
+                    servicer.UploadAdapter,
+                    request_deserializer=multilora_dot_v1_dot_adapters__pb2.UploadAdapterRequest.FromString,
+                    response_serializer=multilora_dot_v1_dot_adapters__pb2.UploadAdapterResponse.SerializeToString,
             ),
             'GetAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.GetAdapter,
@@ -145,6 +254,41 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     request_deserializer=multilora_dot_v1_dot_adapters__pb2.ListAdaptersRequest.FromString,
                     response_serializer=multilora_dot_v1_dot_adapters__pb2.ListAdaptersResponse.SerializeToString,
             ),
+            'LoadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadAdapter,
+                    request_deserializer=multilora_dot_v1_dot_adapters__pb2.LoadAdapterRequest.FromString,
+                    response_serializer=multilora_dot_v1_dot_adapters__pb2.LoadAdapterResponse.SerializeToString,
+            ),
+            'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadAdapter,
+                    request_deserializer=multilora_dot_v1_dot_adapters__pb2.UnloadAdapterRequest.FromString,
+                    response_serializer=multilora_dot_v1_dot_adapters__pb2.UnloadAdapterResponse.SerializeToString,
+            ),
+            'PinAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.PinAdapter,
+                    request_deserializer=multilora_dot_v1_dot_adapters__pb2.PinAdapterRequest.FromString,
+                    response_serializer=multilora_dot_v1_dot_adapters__pb2.PinAdapterResponse.SerializeToString,
+            ),
+            'SetAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetAlias,
+                    request_deserializer=multilora_dot_v1_dot_adapters__pb2.SetAliasRequest.FromString,
+                    response_serializer=multilora_dot_v1_dot_adapters__pb2.SetAliasResponse.SerializeToString,
+            ),
+            'DeleteAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteAlias,
+                    request_deserializer=multilora_dot_v1_dot_adapters__pb2.DeleteAliasRequest.FromString,
+                    response_serializer=multilora_dot_v1_dot_adapters__pb2.DeleteAliasResponse.SerializeToString,
+            ),
+            'DeleteAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteAdapter,
+                    request_deserializer=multilora_dot_v1_dot_adapters__pb2.DeleteAdapterRequest.FromString,
+                    response_serializer=multilora_dot_v1_dot_adapters__pb2.DeleteAdapterResponse.SerializeToString,
+            ),
+            'WatchAdapters': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchAdapters,
+                    request_deserializer=multilora_dot_v1_dot_adapters__pb2.WatchAdaptersRequest.FromString,
+                    response_serializer=multilora_dot_v1_dot_adapters__pb2.WatchAdaptersResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'multilora.v1.AdapterService', rpc_method_handlers)
@@ -154,7 +298,15 @@ def add_AdapterServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdapterService:
-    """Manages the adapters a running server knows. A version is immutable once registered.
+    """Manages the adapters a running server knows. A version is immutable once registered; aliases move between versions.
+
+    `adapter` in requests is `name`, `name@version`, `name@alias`, each also with `tenant/` before it, or a resource name
+    `tenants/T/adapters/A`, `.../versions/V` or `.../aliases/L`. A bare name follows the alias `default`, which starts at
+    the first version and moves only when SetAlias moves it.
+
+    Calls that change something take a `request_id`: a repetition with the same id and content changes nothing and gets
+    the first answer again, also after a restart of the server. They are durable when they are answered, if the server
+    has a state directory.
     """
 
     @staticmethod
@@ -174,6 +326,87 @@ class AdapterService:
             '/multilora.v1.AdapterService/RegisterAdapter',
             multilora_dot_v1_dot_adapters__pb2.RegisterAdapterRequest.SerializeToString,
             multilora_dot_v1_dot_adapters__pb2.RegisterAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UploadAdapter(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/multilora.v1.AdapterService/UploadAdapter',
+            multilora_dot_v1_dot_adapters__pb2.UploadAdapterRequest.SerializeToString,
+            multilora_dot_v1_dot_adapters__pb2.UploadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/multilora.v1.AdapterService/GetAdapter',
+            multilora_dot_v1_dot_adapters__pb2.GetAdapterRequest.SerializeToString,
+            multilora_dot_v1_dot_adapters__pb2.GetAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/multilora.v1.AdapterService/ListAdapters',
+            multilora_dot_v1_dot_adapters__pb2.ListAdaptersRequest.SerializeToString,
+            multilora_dot_v1_dot_adapters__pb2.ListAdaptersResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -239,7 +472,7 @@ class AdapterService:
             _registered_method=True)
 
     @staticmethod
-    def GetAdapter(request,
+    def PinAdapter(request,
             target,
             options=(),
             channel_credentials=None,
@@ -252,9 +485,9 @@ class AdapterService:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/multilora.v1.AdapterService/GetAdapter',
-            multilora_dot_v1_dot_adapters__pb2.GetAdapterRequest.SerializeToString,
-            multilora_dot_v1_dot_adapters__pb2.GetAdapterResponse.FromString,
+            '/multilora.v1.AdapterService/PinAdapter',
+            multilora_dot_v1_dot_adapters__pb2.PinAdapterRequest.SerializeToString,
+            multilora_dot_v1_dot_adapters__pb2.PinAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -266,7 +499,7 @@ class AdapterService:
             _registered_method=True)
 
     @staticmethod
-    def ListAdapters(request,
+    def SetAlias(request,
             target,
             options=(),
             channel_credentials=None,
@@ -279,9 +512,90 @@ class AdapterService:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/multilora.v1.AdapterService/ListAdapters',
-            multilora_dot_v1_dot_adapters__pb2.ListAdaptersRequest.SerializeToString,
-            multilora_dot_v1_dot_adapters__pb2.ListAdaptersResponse.FromString,
+            '/multilora.v1.AdapterService/SetAlias',
+            multilora_dot_v1_dot_adapters__pb2.SetAliasRequest.SerializeToString,
+            multilora_dot_v1_dot_adapters__pb2.SetAliasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/multilora.v1.AdapterService/DeleteAlias',
+            multilora_dot_v1_dot_adapters__pb2.DeleteAliasRequest.SerializeToString,
+            multilora_dot_v1_dot_adapters__pb2.DeleteAliasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/multilora.v1.AdapterService/DeleteAdapter',
+            multilora_dot_v1_dot_adapters__pb2.DeleteAdapterRequest.SerializeToString,
+            multilora_dot_v1_dot_adapters__pb2.DeleteAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/multilora.v1.AdapterService/WatchAdapters',
+            multilora_dot_v1_dot_adapters__pb2.WatchAdaptersRequest.SerializeToString,
+            multilora_dot_v1_dot_adapters__pb2.WatchAdaptersResponse.FromString,
             options,
             channel_credentials,
             insecure,

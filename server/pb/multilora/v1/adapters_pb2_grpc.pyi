@@ -27,83 +27,198 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AdapterServiceStub:
-    """Manages the adapters a running server knows. A version is immutable once registered."""
+    """Manages the adapters a running server knows. A version is immutable once registered; aliases move between versions.
+
+    `adapter` in requests is `name`, `name@version`, `name@alias`, each also with `tenant/` before it, or a resource name
+    `tenants/T/adapters/A`, `.../versions/V` or `.../aliases/L`. A bare name follows the alias `default`, which starts at
+    the first version and moves only when SetAlias moves it.
+
+    Calls that change something take a `request_id`: a repetition with the same id and content changes nothing and gets
+    the first answer again, also after a restart of the server. They are durable when they are answered, if the server
+    has a state directory.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AdapterServiceAsyncStub: ...
     RegisterAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.RegisterAdapterRequest, _adapters_pb2.RegisterAdapterResponse]
-    """Registers a folder under the server's adapter root as a version of an adapter. Reads and checks its JSON
-    files; its weights are read when it is loaded.
+    """Registers a version of an adapter: a folder under the server's adapter root, or a URL the server allows. Of a
+    folder the JSON files and the header of its weights are read and checked; of a URL the revision is pinned, and its
+    files are read when it is loaded.
 
     Errors: INVALID_ARGUMENT (`name`, `version` or `source` is wrong), ALREADY_EXISTS (that version is taken),
-    FAILED_PRECONDITION (the folder's files are refused; the message says which and why).
+    FAILED_PRECONDITION (the folder's files are refused; the message says which and why), UNAVAILABLE (the source
+    cannot be reached).
     """
-    LoadAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.LoadAdapterRequest, _adapters_pb2.LoadAdapterResponse]
-    """Loads an adapter into device memory, so that its first request does not wait. Loading a resident adapter
-    does nothing.
+    UploadAdapter: _grpc.StreamUnaryMultiCallable[_adapters_pb2.UploadAdapterRequest, _adapters_pb2.UploadAdapterResponse]
+    """Sends an adapter's files and registers them. The first message is the header, those that follow are pieces of the
+    files in the header's order. Nothing is visible before the last byte has arrived and every SHA-256 agrees.
 
-    The base model, `base`, is always resident.
-
-    Errors: NOT_FOUND, FAILED_PRECONDITION (its files are refused, or it is larger than the whole arena).
-    """
-    UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.UnloadAdapterRequest, _adapters_pb2.UnloadAdapterResponse]
-    """Takes an adapter out of device memory once the batches that use it are done. It stays registered, and its
-    next request loads it again.
-
-    Errors: NOT_FOUND, INVALID_ARGUMENT (`adapter` is wrong, or is `base`: the base model stays).
+    Errors: as RegisterAdapter; INVALID_ARGUMENT (a file name, size, SHA-256 or the order is wrong),
+    RESOURCE_EXHAUSTED (larger than the server takes), FAILED_PRECONDITION (the server has no state directory).
     """
     GetAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterRequest, _adapters_pb2.GetAdapterResponse]
-    """Returns one adapter version.
+    """Returns one adapter version, and the aliases of its adapter.
 
     Errors: NOT_FOUND, INVALID_ARGUMENT.
     """
     ListAdapters: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]
-    """Lists adapter versions, refused ones included, ordered by name and version.
+    """Lists adapter versions, refused ones included, ordered by tenant, name and version.
 
-    Errors: INVALID_ARGUMENT (`page_size` or `page_token` is wrong).
+    Errors: INVALID_ARGUMENT (a filter, `page_size` or `page_token` is wrong).
+    """
+    LoadAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.LoadAdapterRequest, _adapters_pb2.LoadAdapterResponse]
+    """Loads an adapter into device memory, so that its first request does not wait. Loading a resident adapter
+    does nothing; one that was refused is tried again.
+
+    The base model, `base`, is always resident.
+
+    Errors: NOT_FOUND, FAILED_PRECONDITION (its files are refused, or it is larger than the arena or than what pinned
+    adapters leave of it), ABORTED (it was unloaded or deleted meanwhile), DEADLINE_EXCEEDED (the load goes on).
+    """
+    UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.UnloadAdapterRequest, _adapters_pb2.UnloadAdapterResponse]
+    """Takes an adapter out of memory once the batches that use it are done. It stays registered, and its
+    next request loads it again.
+
+    Errors: NOT_FOUND, INVALID_ARGUMENT (`adapter` is wrong, or is `base`: the base model stays), FAILED_PRECONDITION
+    (it is pinned).
+    """
+    PinAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.PinAdapterRequest, _adapters_pb2.PinAdapterResponse]
+    """Loads an adapter and keeps it in device memory, or lets it be evicted again.
+
+    Errors: as LoadAdapter; one that cannot be loaded is not pinned.
+    """
+    SetAlias: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.SetAliasRequest, _adapters_pb2.SetAliasResponse]
+    """Moves a name such as `prod` to a version, between two batches. The version is loaded first; when that fails, the
+    alias stays where it was. Requests in flight finish on the version they started on; those that come after the
+    answer get the new one.
+
+    Errors: NOT_FOUND, INVALID_ARGUMENT, FAILED_PRECONDITION (a version cannot be loaded, or there is nothing to roll
+    back to).
+    """
+    DeleteAlias: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.DeleteAliasRequest, _adapters_pb2.DeleteAliasResponse]
+    """Removes an alias. `default` cannot be removed.
+
+    Errors: NOT_FOUND, INVALID_ARGUMENT.
+    """
+    DeleteAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.DeleteAdapterRequest, _adapters_pb2.DeleteAdapterResponse]
+    """Forgets one adapter version and frees what it holds; requests in flight are answered. Files that were uploaded
+    are removed. A folder that still lies under the adapter root is registered again when the server restarts or its
+    files change.
+
+    Errors: NOT_FOUND, INVALID_ARGUMENT (`base`, or no version is named), FAILED_PRECONDITION (it is pinned, or an alias
+    other than `default` points to it; so does `default` while the adapter has other versions).
+    """
+    WatchAdapters: _grpc.UnaryStreamMultiCallable[_adapters_pb2.WatchAdaptersRequest, _adapters_pb2.WatchAdaptersResponse]
+    """Streams every change: of an adapter's state, of aliases, and deletions. A new stream begins with what there is; one
+    that resumes from `resume_token` gets what it missed. A reader that is too slow is ended with ABORTED and can
+    resume.
+
+    Errors: INVALID_ARGUMENT, ABORTED.
     """
 
 @_typing.type_check_only
 class AdapterServiceAsyncStub(AdapterServiceStub):
-    """Manages the adapters a running server knows. A version is immutable once registered."""
+    """Manages the adapters a running server knows. A version is immutable once registered; aliases move between versions.
+
+    `adapter` in requests is `name`, `name@version`, `name@alias`, each also with `tenant/` before it, or a resource name
+    `tenants/T/adapters/A`, `.../versions/V` or `.../aliases/L`. A bare name follows the alias `default`, which starts at
+    the first version and moves only when SetAlias moves it.
+
+    Calls that change something take a `request_id`: a repetition with the same id and content changes nothing and gets
+    the first answer again, also after a restart of the server. They are durable when they are answered, if the server
+    has a state directory.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     RegisterAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.RegisterAdapterRequest, _adapters_pb2.RegisterAdapterResponse]  # type: ignore[assignment]
-    """Registers a folder under the server's adapter root as a version of an adapter. Reads and checks its JSON
-    files; its weights are read when it is loaded.
+    """Registers a version of an adapter: a folder under the server's adapter root, or a URL the server allows. Of a
+    folder the JSON files and the header of its weights are read and checked; of a URL the revision is pinned, and its
+    files are read when it is loaded.
 
     Errors: INVALID_ARGUMENT (`name`, `version` or `source` is wrong), ALREADY_EXISTS (that version is taken),
-    FAILED_PRECONDITION (the folder's files are refused; the message says which and why).
+    FAILED_PRECONDITION (the folder's files are refused; the message says which and why), UNAVAILABLE (the source
+    cannot be reached).
     """
-    LoadAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.LoadAdapterRequest, _adapters_pb2.LoadAdapterResponse]  # type: ignore[assignment]
-    """Loads an adapter into device memory, so that its first request does not wait. Loading a resident adapter
-    does nothing.
+    UploadAdapter: _aio.StreamUnaryMultiCallable[_adapters_pb2.UploadAdapterRequest, _adapters_pb2.UploadAdapterResponse]  # type: ignore[assignment]
+    """Sends an adapter's files and registers them. The first message is the header, those that follow are pieces of the
+    files in the header's order. Nothing is visible before the last byte has arrived and every SHA-256 agrees.
 
-    The base model, `base`, is always resident.
-
-    Errors: NOT_FOUND, FAILED_PRECONDITION (its files are refused, or it is larger than the whole arena).
-    """
-    UnloadAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.UnloadAdapterRequest, _adapters_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
-    """Takes an adapter out of device memory once the batches that use it are done. It stays registered, and its
-    next request loads it again.
-
-    Errors: NOT_FOUND, INVALID_ARGUMENT (`adapter` is wrong, or is `base`: the base model stays).
+    Errors: as RegisterAdapter; INVALID_ARGUMENT (a file name, size, SHA-256 or the order is wrong),
+    RESOURCE_EXHAUSTED (larger than the server takes), FAILED_PRECONDITION (the server has no state directory).
     """
     GetAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterRequest, _adapters_pb2.GetAdapterResponse]  # type: ignore[assignment]
-    """Returns one adapter version.
+    """Returns one adapter version, and the aliases of its adapter.
 
     Errors: NOT_FOUND, INVALID_ARGUMENT.
     """
     ListAdapters: _aio.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]  # type: ignore[assignment]
-    """Lists adapter versions, refused ones included, ordered by name and version.
+    """Lists adapter versions, refused ones included, ordered by tenant, name and version.
 
-    Errors: INVALID_ARGUMENT (`page_size` or `page_token` is wrong).
+    Errors: INVALID_ARGUMENT (a filter, `page_size` or `page_token` is wrong).
+    """
+    LoadAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.LoadAdapterRequest, _adapters_pb2.LoadAdapterResponse]  # type: ignore[assignment]
+    """Loads an adapter into device memory, so that its first request does not wait. Loading a resident adapter
+    does nothing; one that was refused is tried again.
+
+    The base model, `base`, is always resident.
+
+    Errors: NOT_FOUND, FAILED_PRECONDITION (its files are refused, or it is larger than the arena or than what pinned
+    adapters leave of it), ABORTED (it was unloaded or deleted meanwhile), DEADLINE_EXCEEDED (the load goes on).
+    """
+    UnloadAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.UnloadAdapterRequest, _adapters_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
+    """Takes an adapter out of memory once the batches that use it are done. It stays registered, and its
+    next request loads it again.
+
+    Errors: NOT_FOUND, INVALID_ARGUMENT (`adapter` is wrong, or is `base`: the base model stays), FAILED_PRECONDITION
+    (it is pinned).
+    """
+    PinAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.PinAdapterRequest, _adapters_pb2.PinAdapterResponse]  # type: ignore[assignment]
+    """Loads an adapter and keeps it in device memory, or lets it be evicted again.
+
+    Errors: as LoadAdapter; one that cannot be loaded is not pinned.
+    """
+    SetAlias: _aio.UnaryUnaryMultiCallable[_adapters_pb2.SetAliasRequest, _adapters_pb2.SetAliasResponse]  # type: ignore[assignment]
+    """Moves a name such as `prod` to a version, between two batches. The version is loaded first; when that fails, the
+    alias stays where it was. Requests in flight finish on the version they started on; those that come after the
+    answer get the new one.
+
+    Errors: NOT_FOUND, INVALID_ARGUMENT, FAILED_PRECONDITION (a version cannot be loaded, or there is nothing to roll
+    back to).
+    """
+    DeleteAlias: _aio.UnaryUnaryMultiCallable[_adapters_pb2.DeleteAliasRequest, _adapters_pb2.DeleteAliasResponse]  # type: ignore[assignment]
+    """Removes an alias. `default` cannot be removed.
+
+    Errors: NOT_FOUND, INVALID_ARGUMENT.
+    """
+    DeleteAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.DeleteAdapterRequest, _adapters_pb2.DeleteAdapterResponse]  # type: ignore[assignment]
+    """Forgets one adapter version and frees what it holds; requests in flight are answered. Files that were uploaded
+    are removed. A folder that still lies under the adapter root is registered again when the server restarts or its
+    files change.
+
+    Errors: NOT_FOUND, INVALID_ARGUMENT (`base`, or no version is named), FAILED_PRECONDITION (it is pinned, or an alias
+    other than `default` points to it; so does `default` while the adapter has other versions).
+    """
+    WatchAdapters: _aio.UnaryStreamMultiCallable[_adapters_pb2.WatchAdaptersRequest, _adapters_pb2.WatchAdaptersResponse]  # type: ignore[assignment]
+    """Streams every change: of an adapter's state, of aliases, and deletions. A new stream begins with what there is; one
+    that resumes from `resume_token` gets what it missed. A reader that is too slow is ended with ABORTED and can
+    resume.
+
+    Errors: INVALID_ARGUMENT, ABORTED.
     """
 
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Manages the adapters a running server knows. A version is immutable once registered."""
+    """Manages the adapters a running server knows. A version is immutable once registered; aliases move between versions.
+
+    `adapter` in requests is `name`, `name@version`, `name@alias`, each also with `tenant/` before it, or a resource name
+    `tenants/T/adapters/A`, `.../versions/V` or `.../aliases/L`. A bare name follows the alias `default`, which starts at
+    the first version and moves only when SetAlias moves it.
+
+    Calls that change something take a `request_id`: a repetition with the same id and content changes nothing and gets
+    the first answer again, also after a restart of the server. They are durable when they are answered, if the server
+    has a state directory.
+    """
 
     @_abc_1.abstractmethod
     def RegisterAdapter(
@@ -111,37 +226,26 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.RegisterAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.RegisterAdapterResponse, _abc.Awaitable[_adapters_pb2.RegisterAdapterResponse]]:
-        """Registers a folder under the server's adapter root as a version of an adapter. Reads and checks its JSON
-        files; its weights are read when it is loaded.
+        """Registers a version of an adapter: a folder under the server's adapter root, or a URL the server allows. Of a
+        folder the JSON files and the header of its weights are read and checked; of a URL the revision is pinned, and its
+        files are read when it is loaded.
 
         Errors: INVALID_ARGUMENT (`name`, `version` or `source` is wrong), ALREADY_EXISTS (that version is taken),
-        FAILED_PRECONDITION (the folder's files are refused; the message says which and why).
+        FAILED_PRECONDITION (the folder's files are refused; the message says which and why), UNAVAILABLE (the source
+        cannot be reached).
         """
 
     @_abc_1.abstractmethod
-    def LoadAdapter(
+    def UploadAdapter(
         self,
-        request: _adapters_pb2.LoadAdapterRequest,
+        request_iterator: _MaybeAsyncIterator[_adapters_pb2.UploadAdapterRequest],
         context: _ServicerContext,
-    ) -> _typing.Union[_adapters_pb2.LoadAdapterResponse, _abc.Awaitable[_adapters_pb2.LoadAdapterResponse]]:
-        """Loads an adapter into device memory, so that its first request does not wait. Loading a resident adapter
-        does nothing.
+    ) -> _typing.Union[_adapters_pb2.UploadAdapterResponse, _abc.Awaitable[_adapters_pb2.UploadAdapterResponse]]:
+        """Sends an adapter's files and registers them. The first message is the header, those that follow are pieces of the
+        files in the header's order. Nothing is visible before the last byte has arrived and every SHA-256 agrees.
 
-        The base model, `base`, is always resident.
-
-        Errors: NOT_FOUND, FAILED_PRECONDITION (its files are refused, or it is larger than the whole arena).
-        """
-
-    @_abc_1.abstractmethod
-    def UnloadAdapter(
-        self,
-        request: _adapters_pb2.UnloadAdapterRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_adapters_pb2.UnloadAdapterResponse, _abc.Awaitable[_adapters_pb2.UnloadAdapterResponse]]:
-        """Takes an adapter out of device memory once the batches that use it are done. It stays registered, and its
-        next request loads it again.
-
-        Errors: NOT_FOUND, INVALID_ARGUMENT (`adapter` is wrong, or is `base`: the base model stays).
+        Errors: as RegisterAdapter; INVALID_ARGUMENT (a file name, size, SHA-256 or the order is wrong),
+        RESOURCE_EXHAUSTED (larger than the server takes), FAILED_PRECONDITION (the server has no state directory).
         """
 
     @_abc_1.abstractmethod
@@ -150,7 +254,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.GetAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.GetAdapterResponse, _abc.Awaitable[_adapters_pb2.GetAdapterResponse]]:
-        """Returns one adapter version.
+        """Returns one adapter version, and the aliases of its adapter.
 
         Errors: NOT_FOUND, INVALID_ARGUMENT.
         """
@@ -161,9 +265,100 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.ListAdaptersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.ListAdaptersResponse, _abc.Awaitable[_adapters_pb2.ListAdaptersResponse]]:
-        """Lists adapter versions, refused ones included, ordered by name and version.
+        """Lists adapter versions, refused ones included, ordered by tenant, name and version.
 
-        Errors: INVALID_ARGUMENT (`page_size` or `page_token` is wrong).
+        Errors: INVALID_ARGUMENT (a filter, `page_size` or `page_token` is wrong).
+        """
+
+    @_abc_1.abstractmethod
+    def LoadAdapter(
+        self,
+        request: _adapters_pb2.LoadAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.LoadAdapterResponse, _abc.Awaitable[_adapters_pb2.LoadAdapterResponse]]:
+        """Loads an adapter into device memory, so that its first request does not wait. Loading a resident adapter
+        does nothing; one that was refused is tried again.
+
+        The base model, `base`, is always resident.
+
+        Errors: NOT_FOUND, FAILED_PRECONDITION (its files are refused, or it is larger than the arena or than what pinned
+        adapters leave of it), ABORTED (it was unloaded or deleted meanwhile), DEADLINE_EXCEEDED (the load goes on).
+        """
+
+    @_abc_1.abstractmethod
+    def UnloadAdapter(
+        self,
+        request: _adapters_pb2.UnloadAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.UnloadAdapterResponse, _abc.Awaitable[_adapters_pb2.UnloadAdapterResponse]]:
+        """Takes an adapter out of memory once the batches that use it are done. It stays registered, and its
+        next request loads it again.
+
+        Errors: NOT_FOUND, INVALID_ARGUMENT (`adapter` is wrong, or is `base`: the base model stays), FAILED_PRECONDITION
+        (it is pinned).
+        """
+
+    @_abc_1.abstractmethod
+    def PinAdapter(
+        self,
+        request: _adapters_pb2.PinAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.PinAdapterResponse, _abc.Awaitable[_adapters_pb2.PinAdapterResponse]]:
+        """Loads an adapter and keeps it in device memory, or lets it be evicted again.
+
+        Errors: as LoadAdapter; one that cannot be loaded is not pinned.
+        """
+
+    @_abc_1.abstractmethod
+    def SetAlias(
+        self,
+        request: _adapters_pb2.SetAliasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.SetAliasResponse, _abc.Awaitable[_adapters_pb2.SetAliasResponse]]:
+        """Moves a name such as `prod` to a version, between two batches. The version is loaded first; when that fails, the
+        alias stays where it was. Requests in flight finish on the version they started on; those that come after the
+        answer get the new one.
+
+        Errors: NOT_FOUND, INVALID_ARGUMENT, FAILED_PRECONDITION (a version cannot be loaded, or there is nothing to roll
+        back to).
+        """
+
+    @_abc_1.abstractmethod
+    def DeleteAlias(
+        self,
+        request: _adapters_pb2.DeleteAliasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.DeleteAliasResponse, _abc.Awaitable[_adapters_pb2.DeleteAliasResponse]]:
+        """Removes an alias. `default` cannot be removed.
+
+        Errors: NOT_FOUND, INVALID_ARGUMENT.
+        """
+
+    @_abc_1.abstractmethod
+    def DeleteAdapter(
+        self,
+        request: _adapters_pb2.DeleteAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.DeleteAdapterResponse, _abc.Awaitable[_adapters_pb2.DeleteAdapterResponse]]:
+        """Forgets one adapter version and frees what it holds; requests in flight are answered. Files that were uploaded
+        are removed. A folder that still lies under the adapter root is registered again when the server restarts or its
+        files change.
+
+        Errors: NOT_FOUND, INVALID_ARGUMENT (`base`, or no version is named), FAILED_PRECONDITION (it is pinned, or an alias
+        other than `default` points to it; so does `default` while the adapter has other versions).
+        """
+
+    @_abc_1.abstractmethod
+    def WatchAdapters(
+        self,
+        request: _adapters_pb2.WatchAdaptersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_adapters_pb2.WatchAdaptersResponse], _abc.AsyncIterator[_adapters_pb2.WatchAdaptersResponse]]:
+        """Streams every change: of an adapter's state, of aliases, and deletions. A new stream begins with what there is; one
+        that resumes from `resume_token` gets what it missed. A reader that is too slow is ended with ABORTED and can
+        resume.
+
+        Errors: INVALID_ARGUMENT, ABORTED.
         """
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -115,6 +115,7 @@ class ClassifyRequest(_message.Message):
     TOP_K_FIELD_NUMBER: _builtins.int
     RETURN_LOGITS_FIELD_NUMBER: _builtins.int
     TRUNCATE_FIELD_NUMBER: _builtins.int
+    ROUTING_KEY_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
     """Which adapter answers: `name` (the version its default alias names), `name@version`, or the resource name
     `tenants/{tenant}/adapters/{adapter}`, with or without `/versions/{version}`.
@@ -125,6 +126,10 @@ class ClassifyRequest(_message.Message):
     """Also return the raw logits of every label."""
     truncate: _builtins.bool
     """Cut texts that are longer than the adapter allows instead of refusing them."""
+    routing_key: _builtins.str
+    """Which side of a weighted alias answers: requests with the same key get the same version. At most 256 characters.
+    Empty: each request is drawn by itself. Ignored where `adapter` names a version or an alias of one version.
+    """
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TextInput]:
         """The texts, at least one and at most as many as the server allows (256 unless configured otherwise)."""
@@ -137,10 +142,11 @@ class ClassifyRequest(_message.Message):
         top_k: _builtins.int | None = ...,
         return_logits: _builtins.bool = ...,
         truncate: _builtins.bool = ...,
+        routing_key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_top_k", b"_top_k", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_top_k", b"_top_k", "adapter", b"adapter", "inputs", b"inputs", "return_logits", b"return_logits", "top_k", b"top_k", "truncate", b"truncate"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_top_k", b"_top_k", "adapter", b"adapter", "inputs", b"inputs", "return_logits", b"return_logits", "routing_key", b"routing_key", "top_k", b"top_k", "truncate", b"truncate"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__top_k: _TypeAlias = _typing.Literal["top_k"]  # noqa: Y015
     _WhichOneofArgType__top_k: _TypeAlias = _typing.Literal["_top_k", b"_top_k"]  # noqa: Y015
@@ -272,6 +278,7 @@ class ClassifyTokensRequest(_message.Message):
     SUBWORD_STRATEGY_FIELD_NUMBER: _builtins.int
     RETURN_SCORES_FIELD_NUMBER: _builtins.int
     TRUNCATE_FIELD_NUMBER: _builtins.int
+    ROUTING_KEY_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
     """Which adapter answers, as in ClassifyRequest."""
     unit: Global___TokenUnit.ValueType
@@ -282,6 +289,10 @@ class ClassifyTokensRequest(_message.Message):
     """Also return the scores of every label for each span."""
     truncate: _builtins.bool
     """Cut texts that are longer than the adapter allows instead of refusing them; what is cut off gets no labels."""
+    routing_key: _builtins.str
+    """Which side of a weighted alias answers: requests with the same key get the same version. At most 256 characters.
+    Empty: each request is drawn by itself. Ignored where `adapter` names a version or an alias of one version.
+    """
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TextInput]:
         """The texts, at least one and at most as many as the server allows (256 unless configured otherwise). None has a
@@ -297,10 +308,11 @@ class ClassifyTokensRequest(_message.Message):
         subword_strategy: Global___SubwordStrategy.ValueType = ...,
         return_scores: _builtins.bool = ...,
         truncate: _builtins.bool = ...,
+        routing_key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "inputs", b"inputs", "return_scores", b"return_scores", "subword_strategy", b"subword_strategy", "truncate", b"truncate", "unit", b"unit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "inputs", b"inputs", "return_scores", b"return_scores", "routing_key", b"routing_key", "subword_strategy", b"subword_strategy", "truncate", b"truncate", "unit", b"unit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -475,6 +487,7 @@ class AnswerQuestionRequest(_message.Message):
     ALLOW_NO_ANSWER_FIELD_NUMBER: _builtins.int
     NO_ANSWER_THRESHOLD_FIELD_NUMBER: _builtins.int
     DOC_STRIDE_FIELD_NUMBER: _builtins.int
+    ROUTING_KEY_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
     """Which adapter answers, as in ClassifyRequest."""
     top_k: _builtins.int
@@ -493,6 +506,10 @@ class AnswerQuestionRequest(_message.Message):
     """Tokens that two neighbouring windows of a long context share; at least 0, and at most half of a window's room for
     context is used. Unset: a quarter of that room, at most 128.
     """
+    routing_key: _builtins.str
+    """Which side of a weighted alias answers: requests with the same key get the same version. At most 256 characters.
+    Empty: each request is drawn by itself. Ignored where `adapter` names a version or an alias of one version.
+    """
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___QuestionInput]:
         """The questions, at least one and at most as many as the server allows (256 unless configured otherwise)."""
@@ -507,10 +524,11 @@ class AnswerQuestionRequest(_message.Message):
         allow_no_answer: _builtins.bool = ...,
         no_answer_threshold: _builtins.float = ...,
         doc_stride: _builtins.int | None = ...,
+        routing_key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_doc_stride", b"_doc_stride", "_max_answer_tokens", b"_max_answer_tokens", "_top_k", b"_top_k", "doc_stride", b"doc_stride", "max_answer_tokens", b"max_answer_tokens", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_doc_stride", b"_doc_stride", "_max_answer_tokens", b"_max_answer_tokens", "_top_k", b"_top_k", "adapter", b"adapter", "allow_no_answer", b"allow_no_answer", "doc_stride", b"doc_stride", "inputs", b"inputs", "max_answer_tokens", b"max_answer_tokens", "no_answer_threshold", b"no_answer_threshold", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_doc_stride", b"_doc_stride", "_max_answer_tokens", b"_max_answer_tokens", "_top_k", b"_top_k", "adapter", b"adapter", "allow_no_answer", b"allow_no_answer", "doc_stride", b"doc_stride", "inputs", b"inputs", "max_answer_tokens", b"max_answer_tokens", "no_answer_threshold", b"no_answer_threshold", "routing_key", b"routing_key", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__doc_stride: _TypeAlias = _typing.Literal["doc_stride"]  # noqa: Y015
     _WhichOneofArgType__doc_stride: _TypeAlias = _typing.Literal["_doc_stride", b"_doc_stride"]  # noqa: Y015
@@ -660,6 +678,7 @@ class EmbedRequest(_message.Message):
     POOLING_FIELD_NUMBER: _builtins.int
     NORMALIZE_FIELD_NUMBER: _builtins.int
     TRUNCATE_FIELD_NUMBER: _builtins.int
+    ROUTING_KEY_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
     """Which adapter answers, as in ClassifyRequest; `base` for the base model without an adapter."""
     pooling: _common_pb2.Pooling.ValueType
@@ -668,6 +687,10 @@ class EmbedRequest(_message.Message):
     """Whether each vector is divided by its Euclidean length. Unset: as the adapter says; not for the base model."""
     truncate: _builtins.bool
     """Cut texts that are longer than the adapter allows instead of refusing them."""
+    routing_key: _builtins.str
+    """Which side of a weighted alias answers: requests with the same key get the same version. At most 256 characters.
+    Empty: each request is drawn by itself. Ignored where `adapter` names a version or an alias of one version.
+    """
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TextInput]:
         """The texts, at least one and at most as many as the server allows (256 unless configured otherwise)."""
@@ -680,10 +703,11 @@ class EmbedRequest(_message.Message):
         pooling: _common_pb2.Pooling.ValueType = ...,
         normalize: _builtins.bool | None = ...,
         truncate: _builtins.bool = ...,
+        routing_key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_normalize", b"_normalize", "normalize", b"normalize"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_normalize", b"_normalize", "adapter", b"adapter", "inputs", b"inputs", "normalize", b"normalize", "pooling", b"pooling", "truncate", b"truncate"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_normalize", b"_normalize", "adapter", b"adapter", "inputs", b"inputs", "normalize", b"normalize", "pooling", b"pooling", "routing_key", b"routing_key", "truncate", b"truncate"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__normalize: _TypeAlias = _typing.Literal["normalize"]  # noqa: Y015
     _WhichOneofArgType__normalize: _TypeAlias = _typing.Literal["_normalize", b"_normalize"]  # noqa: Y015

@@ -1,0 +1,86 @@
+"""The adapter root is watched: folders that appear are registered, folders that go are forgotten, without a restart."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from lora_runtime.adapters.sources.api import Origin
+from lora_runtime.adapters.sources.scan import Found, Scan, scan_root
+from lora_runtime.errors import MultiloraError
+from lora_runtime.types import AdapterId, AdapterState
+from server.backend import completion
+from server.control.plane import ControlPlane
+
+_MAX_SHARE = 0.02  # of the time, for scanning: a root of thousands of folders is looked at less often
+
+_log = logging.getLogger(__name__)
+
+
+class RootWatcher:
+    """Belongs to the asyncio loop. What a client registered or deleted is left alone until its files change."""
+
+    def __init__(self, plane: ControlPlane, root: str, first: Scan, scan: Callable[[str], Scan] = scan_root) -> None:
+        """`first` is the scan whose adapters are registered already."""
+        self._plane = plane
+        self._root = root
+        self._scan = scan
+        self._known = dict(first.found)
+        self._arriving: dict[AdapterId, Found] = {}  # seen once: their files may still be being copied
+        self._skipped = dict(first.skipped)
+
+    async def run(self, interval_s: float) -> None:
+        """Scan every `interval_s` seconds, or less often where scans take long; until cancelled."""
+        pause_s = interval_s
+        while True:
+            await asyncio.sleep(pause_s)
+            started = time.monotonic()
+            try:
+                await self.look()
+            except (OSError, MultiloraError) as error:  # what is registered stays: a root out of reach is not empty
+                _log.warning("the adapter root cannot be scanned: %s", error)
+            pause_s = max(interval_s, (time.monotonic() - started) / _MAX_SHARE)
+
+    async def look(self) -> None:
+        """Scan once, and take up what differs. Raises what the scan raises."""
+        scan = await asyncio.to_thread(self._scan, self._root)
+        for name, reason in scan.skipped.items():
+            if self._skipped.get(name) != reason:
+                _log.warning("folder %s is skipped: %s", name, reason)
+        self._skipped = dict(scan.skipped)
+        for adapter in self._known.keys() - scan.found.keys():
+            await self._forget(adapter)
+        changed = {adapter: found for adapter, found in scan.found.items() if self._known.get(adapter) != found}
+        for adapter, found in changed.items():
+            if self._arriving.get(adapter) == found:
+                await self._take(adapter, found)
+        self._arriving = changed
+
+    async def _forget(self, adapter: AdapterId) -> None:
+        del self._known[adapter]
+        try:
+            await self._plane.forget(adapter)
+            _log.info("adapter %s is gone from the root", adapter)
+        except MultiloraError as error:  # a client deleted it before
+            _log.debug("%s: %s", adapter, error)
+
+    async def _take(self, adapter: AdapterId, found: Found) -> None:
+        """Register a new folder, or read one again whose files changed before it was ever loaded."""
+        is_new = adapter not in self._known
+        self._known[adapter] = found
+        try:
+            info = self._plane.engine.catalogue.find(adapter)
+            if info is not None and is_new:
+                _log.warning("folder %s is not registered: that version is taken", found.url)
+                return
+            if info is not None and info.digest is not None and info.state is not AdapterState.FAILED:
+                _log.warning("the files of adapter %s changed; a version is immutable, add another", adapter)
+                return
+            if info is None:
+                await self._plane.discover(adapter, Origin(found.url))
+            else:
+                await completion(self._plane.engine.examine(adapter))
+        except MultiloraError as error:
+            _log.warning("adapter %s is refused: %s", adapter, error.message)

@@ -1,0 +1,1 @@
+"""`multilora adapters list|show|register|…`: commands that a running server carries out."""
