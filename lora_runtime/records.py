@@ -16,13 +16,13 @@ from lora_runtime.futures import settle
 from lora_runtime.types import AdapterId, AdapterInfo, AdapterState, Alias, Unloaded
 
 LEGAL_MOVES: Mapping[AdapterState, frozenset[AdapterState]] = {
-    AdapterState.REGISTERED: frozenset({AdapterState.FETCHING, AdapterState.FAILED, AdapterState.REGISTERED}),
+    AdapterState.REGISTERED: frozenset({AdapterState.FETCHING, AdapterState.FAILED}),
     AdapterState.FETCHING: frozenset({AdapterState.HOST, AdapterState.FAILED, AdapterState.REGISTERED}),
     AdapterState.HOST: frozenset({AdapterState.COPYING, AdapterState.FAILED, AdapterState.REGISTERED}),
     AdapterState.COPYING: frozenset({AdapterState.READY, AdapterState.FAILED}),
     AdapterState.READY: frozenset({AdapterState.DRAINING}),
     AdapterState.DRAINING: frozenset({AdapterState.REGISTERED, AdapterState.HOST}),
-    AdapterState.FAILED: frozenset({AdapterState.FETCHING, AdapterState.FAILED}),
+    AdapterState.FAILED: frozenset({AdapterState.FETCHING, AdapterState.FAILED, AdapterState.REGISTERED}),
 }
 
 

@@ -173,6 +173,8 @@ class Residency:
         gone = self.catalogue.remove(adapter)
         self._leave(record, future)
         self._loads.give_up(record)
+        if record.examination is not None:
+            settle(record.examination, AdapterNotFound(str(adapter)))
         for alias in gone:
             self._observers.on_alias_deleted(alias)
         self._observers.on_deleted(adapter)

@@ -43,12 +43,14 @@ from lora_runtime.types import (
     Unloaded,
 )
 
+_STACKS_SHARE = 16  # of the arena's bytes, one part is for what the kernels copy to be fast
+
 
 @dataclass(frozen=True, slots=True)
 class RuntimeSettings:
     """What one runtime may use."""
 
-    arena_bytes: int = 512 << 20  # adapters in memory; pages are taken as adapters come
+    arena_bytes: int = 512 << 20  # adapters in memory, and the kernels' copies of them; pages are taken as they come
     token_budget: int = 2048  # tokens per step
     max_batch_sequences: int = 256
     num_loader_threads: int = 1
@@ -78,11 +80,12 @@ class Runtime:
         # In a thread that ends: its team of OpenMP threads ends with it, so the engine's is the only one.
         with ThreadPoolExecutor(1, thread_name_prefix="multilora-base") as loading:
             model = loading.submit(load_base, base).result()
-        arena = RankArena(settings.arena_bytes, torch.float32)
+        stack_bytes = settings.arena_bytes // _STACKS_SHARE
+        arena = RankArena(settings.arena_bytes - stack_bytes, torch.float32)
         slots = SlotTable(len(model.spec.sites), model.spec.groups)
         self.base_name = model.spec.name
         self.encoders = Encoders(TextEncoder(model.tokenizer, model.spec.max_length))
-        self.runner = PackedRunner(model, slots, CpuGroupedLora(arena, slots))
+        self.runner = PackedRunner(model, slots, CpuGroupedLora(arena, slots, stack_bytes))
         self.engine = Engine(
             model.spec,
             self.runner,

@@ -50,7 +50,7 @@ class ServeSettings(BaseModel):
     )
     tokenizer_threads: _Count = Field(2, description="Threads that tokenise.")
     loader_threads: _Count = Field(1, description="Threads that read and validate adapters.")
-    arena_mib: _Count = Field(512, description="MiB of device memory for adapters.")
+    arena_mib: _Count = Field(512, description="MiB of memory for adapters; a sixteenth of it is for copies.")
     cache_mib: _Count = Field(4096, description="MiB of disk for the files of adapters that come from URLs.")
     max_upload_mib: _Count = Field(1024, description="MiB of the largest upload.")
     watch_seconds: _Seconds = Field(

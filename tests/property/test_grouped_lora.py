@@ -151,3 +151,33 @@ def test_a_plan_outliving_its_slot_is_noticed() -> None:
     world.slots.release(0)
     with pytest.raises(AssertionError, match="generation 1, not 0"):
         plan.check_current()
+
+
+@pytest.mark.parametrize("stack_bytes", [0, 40_000, 1 << 20])
+def test_copies_stay_within_their_budget_and_answers_are_the_same_without_them(stack_bytes: int) -> None:
+    world = World.make([[8]] * 16, 32, [32])
+    backend = CpuGroupedLora(world.arena, world.slots, stack_bytes)
+    reference = ReferenceGroupedLora(world.arena)
+    x, out = torch.randn(16, 32), torch.zeros(16, 32)
+    for turn in range(40):
+        rows = [((slot + turn) % 16, 1) for slot in range(4 + turn % 12)]
+        plan = LoraPlan.build(world.slots, rows)
+        want = world.run(reference, x[: len(rows)], plan, [out[: len(rows)]])[0]
+        torch.testing.assert_close(world.run(backend, x[: len(rows)], plan, [out[: len(rows)]])[0], want)
+        assert backend.cached_bytes <= stack_bytes
+    assert (backend.cached_bytes > 0) == (stack_bytes > 0)
+
+
+def test_a_moved_adapter_answers_from_its_new_place() -> None:
+    world = World.make([[8], [8]], 32, [32])
+    backend = CpuGroupedLora(world.arena, world.slots)
+    x, out = torch.randn(10, 32), torch.zeros(10, 32)
+    before = world.run(backend, x, LoraPlan.build(world.slots, [(1, 10)]), [out])[0]
+    first, second = (run for run in sorted(world.arena._used.values()))
+    world.slots.release(0)
+    world.arena.free(first)
+    moved = world.arena.move_down(second)
+    world.slots.move(1, moved)
+    world.arena.buffer[moved.end :].fill_(float("nan"))
+    assert moved.offset < second.offset
+    assert torch.equal(world.run(backend, x, LoraPlan.build(world.slots, [(1, 10)]), [out])[0], before)

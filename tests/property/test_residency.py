@@ -187,6 +187,10 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.ask(lambda future: self.residency.load(adapter, future), AdapterNotFound)
 
     @rule(adapter=st.sampled_from(sorted(ADAPTERS)))
+    def examine(self, adapter: AdapterId) -> None:
+        self.ask(lambda future: self.residency.examine(adapter, future), AdapterNotFound)
+
+    @rule(adapter=st.sampled_from(sorted(ADAPTERS)))
     def prefetch(self, adapter: AdapterId) -> None:
         self.ask(lambda future: self.residency.prefetch(adapter, future), AdapterNotFound, AdapterFailed)
 

@@ -2,7 +2,8 @@
 
 Two GEMMs per segment are the least arithmetic, but each call costs microseconds; below `SHORT_ROWS` rows that
 cost dominates, so short segments are padded to equal length and multiplied by a stack of their matrices. The
-stack is a copy: it is kept until the set of adapters changes, one per group and rank class.
+stack is a copy: it is kept until the set of adapters changes, one per group and rank class. Stacks have a budget of
+their own; segments whose stack finds no room in it are looped.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from lora_runtime.types import Site, SiteGroup
 SHORT_ROWS = 4  # segments below this many rows are batched
 SMALL_PRODUCT = 1 << 17  # multiply-adds under which a second thread does not pay (two cores, d 384, measured)
 MIN_BATCHED = 4  # fewer short segments than this are not worth a stack
+MAX_VIEWS = 1 << 15  # kept, of (slot, group); each is a few tensor objects on the arena's memory
+STALE_TURNS = 16  # plans without a use; a step has a few plans
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,7 @@ class _Stack:
     key: tuple[tuple[int, int], ...]  # (slot, generation) in order
     a_t: torch.Tensor  # [n, d_in, R]
     b: dict[int, torch.Tensor]  # site → [n, R, d_out], rows of other sites are zero, scaling multiplied in
+    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,21 +104,29 @@ class _Shrunk:
 class CpuGroupedLora:
     """Bound to one arena and slot table; accumulates in fp32."""
 
-    def __init__(self, arena: RankArena, slots: SlotTable) -> None:
+    def __init__(self, arena: RankArena, slots: SlotTable, stack_bytes: int = 32 << 20) -> None:
         self._buffer = arena.buffer
         self._slots = slots
         self._views: dict[tuple[int, int], _GroupViews] = {}  # (slot, group)
-        self._stacks: dict[tuple[int, int], _Stack] = {}  # (group, rank class)
+        self._stacks = StackCache(stack_bytes)
+
+    @property
+    def cached_bytes(self) -> int:
+        """Of the stacks."""
+        return self._stacks.used_bytes
 
     def shrink(self, x: torch.Tensor, group: SiteGroup, plan: LoraPlan) -> _Shrunk:
+        self._stacks.next_plan(plan)
         loop, tiles = self._split(group, plan)
+        stacks = [stack for tile in tiles if (stack := self._stack(tile, group)) is not None]
+        if len(stacks) < len(tiles):
+            loop, tiles, stacks = self._looped(group, plan), (), []
         views = [self._group_views(segment, group) for segment in loop.segments]
         ranks = sum(view.a_t.shape[1] for view in views) / max(len(views), 1)
         with _threads_for(loop.mean_rows * ranks * group.d_in):
             looped = [torch.mm(rows, view.a_t) for rows, view in zip(loop.rows_of(x), views, strict=True)]
         tiled: list[tuple[_Tile, _Stack, torch.Tensor]] = []
-        for tile in tiles:
-            stack = self._stack(tile, group)
+        for tile, stack in zip(tiles, stacks, strict=True):
             tiled.append((tile, stack, torch.bmm(_gathered(x, tile), stack.a_t)))
         return _Shrunk(loop, views, looped, ranks / len(group.sites), tiled)
 
@@ -139,10 +151,19 @@ class CpuGroupedLora:
             plan.cache[key] = _Loop.over(looped, plan.num_rows), tiles
         return plan.cache[key]
 
+    def _looped(self, group: SiteGroup, plan: LoraPlan) -> _Loop:
+        active = plan.active(group)
+        key = "looped", active
+        if key not in plan.cache:
+            plan.cache[key] = _Loop.over(active, plan.num_rows)
+        return plan.cache[key]
+
     def _group_views(self, segment: Segment, group: SiteGroup) -> _GroupViews:
         key = segment.slot, group.index
         views = self._views.get(key)
         if views is None or views.generation != segment.generation:
+            if len(self._views) >= MAX_VIEWS:
+                self._views.clear()
             views = self._views[key] = self._make_views(segment, group)
         return views
 
@@ -162,16 +183,25 @@ class CpuGroupedLora:
         a = self._buffer[start : start + column * group.d_in].view(column, group.d_in)
         return _GroupViews(segment.generation, a.t(), sites)
 
-    def _stack(self, tile: _Tile, group: SiteGroup) -> _Stack:
-        key = group.index, tile.rank_class
-        stack = self._stacks.get(key)
-        if stack is None or stack.key != tile.key:
-            stack = self._stacks[key] = self._make_stack(tile, group)
+    def _stack(self, tile: _Tile, group: SiteGroup) -> _Stack | None:
+        """None where there is no room for it."""
+        place = group.index, tile.rank_class
+        stack = self._stacks.find(place, tile.key)
+        if stack is None:
+            views = [self._group_views(segment, group) for segment in tile.segments]
+            width = max(view.a_t.shape[1] for view in views)
+            outputs = {index: b.shape[1] for view in views for index, (_, _, b, _) in view.sites.items()}
+            num_bytes = len(views) * width * (group.d_in + sum(outputs.values())) * self._buffer.itemsize
+            if not self._stacks.make_room(place, num_bytes):
+                return None
+            stack = self._make_stack(tile, group, views, width, num_bytes)
+            self._stacks.put(place, stack)
         return stack
 
-    def _make_stack(self, tile: _Tile, group: SiteGroup) -> _Stack:
-        views = [self._group_views(segment, group) for segment in tile.segments]
-        n, width = len(views), max(v.a_t.shape[1] for v in views)
+    def _make_stack(
+        self, tile: _Tile, group: SiteGroup, views: list[_GroupViews], width: int, num_bytes: int
+    ) -> _Stack:
+        n = len(views)
         a = self._buffer.new_zeros(n, width, group.d_in)
         b: dict[int, torch.Tensor] = {}
         for i, view in enumerate(views):
@@ -180,7 +210,51 @@ class CpuGroupedLora:
                 if index not in b:
                     b[index] = self._buffer.new_zeros(n, width, matrix.shape[1])
                 torch.mul(matrix, scaling, out=b[index][i, first:last])
-        return _Stack(tile.key, a.transpose(1, 2), b)
+        return _Stack(tile.key, a.transpose(1, 2), b, num_bytes)
+
+
+class StackCache:
+    """Stacks by (group, rank class) within a budget. Those that recent plans used are not dropped for others:
+
+    a step uses every group's in turn, so the least recently used one would always be the next that is needed.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.used_bytes = 0
+        self._max_bytes = max_bytes
+        self._stacks: dict[tuple[int, int], tuple[_Stack, int]] = {}  # with the turn of their last use
+        self._turn = 0
+        self._plan: LoraPlan | None = None
+
+    def next_plan(self, plan: LoraPlan) -> None:
+        """Begin a turn, unless `plan` is the one before."""
+        if plan is not self._plan:
+            self._plan = plan
+            self._turn += 1
+
+    def find(self, place: tuple[int, int], key: tuple[tuple[int, int], ...]) -> _Stack | None:
+        kept = self._stacks.get(place)
+        if kept is None or kept[0].key != key:
+            return None
+        self._stacks[place] = kept[0], self._turn
+        return kept[0]
+
+    def make_room(self, place: tuple[int, int], num_bytes: int) -> bool:
+        """Drop what `place` holds and what is stale, as far as needed; whether `num_bytes` fit then."""
+        self._drop(place)
+        stale = [other for other, (_, turn) in self._stacks.items() if self._turn - turn > STALE_TURNS]
+        while stale and self.used_bytes + num_bytes > self._max_bytes:
+            self._drop(stale.pop(0))
+        return self.used_bytes + num_bytes <= self._max_bytes
+
+    def put(self, place: tuple[int, int], stack: _Stack) -> None:
+        """Keep a stack that `make_room` found room for."""
+        self._stacks[place] = stack, self._turn
+        self.used_bytes += stack.num_bytes
+
+    def _drop(self, place: tuple[int, int]) -> None:
+        if (kept := self._stacks.pop(place, None)) is not None:
+            self.used_bytes -= kept[0].num_bytes
 
 
 @contextmanager
