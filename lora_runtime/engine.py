@@ -33,12 +33,13 @@ from lora_runtime.errors import (
 )
 from lora_runtime.futures import settle
 from lora_runtime.heads import output_of
-from lora_runtime.loads import Memory
 from lora_runtime.mailbox import Mailbox
 from lora_runtime.model.runner import Runner
 from lora_runtime.observers import EngineObserver, Observers
 from lora_runtime.residency import Residency
+from lora_runtime.room import Memory
 from lora_runtime.scheduler import Scheduler, Ticket, Work
+from lora_runtime.shares import Shares
 from lora_runtime.tiers import Tier
 from lora_runtime.types import (
     AdapterId,
@@ -95,7 +96,12 @@ class Engine(AdapterCalls):
         self._settings = settings
         self._arena = arena
         self._observers = Observers()
-        self._scheduler = Scheduler(max(settings.token_budget, base.max_length), settings.max_batch_sequences)
+        self._shares = Shares()
+        self._scheduler = Scheduler(
+            max(settings.token_budget, base.max_length),
+            settings.max_batch_sequences,
+            lambda tenant: self._shares.weight_of(tenant),
+        )
         self._loader = AdapterLoader(
             base,
             fetcher or LocalFolders(),
@@ -105,7 +111,15 @@ class Engine(AdapterCalls):
             is_busy=lambda: not self._idle,
         )
         memory = Memory(Tier(arena), slots, None if host is None else Tier(host))
-        residency = Residency(base, memory, self._loader, self._observers, self._on_ready, self._fail_waiting)
+        residency = Residency(
+            base,
+            memory,
+            self._loader,
+            self._observers,
+            self._on_ready,
+            self._fail_waiting,
+            lambda tenant: self._shares.resident_bytes_of(tenant),
+        )
         super().__init__(Mailbox(), residency)
         self._thread = threading.Thread(target=self._loop, name="multilora-engine", daemon=True)
         self._drain_until: float | None = None  # set once the engine is draining
@@ -122,6 +136,10 @@ class Engine(AdapterCalls):
     def add_observer(self, observer: EngineObserver) -> None:
         """Register before `start`."""
         self._observers.add(observer)
+
+    def use_shares(self, shares: Shares) -> None:
+        """What each tenant gets; asked in the engine's thread at every batch and load, so a change applies at once."""
+        self._shares = shares
 
     def start(self) -> None:
         self._thread.start()

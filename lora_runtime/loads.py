@@ -12,7 +12,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 
@@ -28,32 +27,17 @@ from lora_runtime.adapters.loader import (
     LoadJob,
     Written,
 )
-from lora_runtime.arena import SlotTable
 from lora_runtime.batch import Extras, Resident
 from lora_runtime.errors import AdapterFailed, CapacityExceeded, LoadCancelled, MultiloraError
 from lora_runtime.futures import settle
 from lora_runtime.records import Record, Records
+from lora_runtime.room import Memory, Room, Wait
 from lora_runtime.tiers import Tier
 from lora_runtime.types import AdapterId, AdapterState
 
 _MAX_RUNNING = 8  # loads whose files are being fetched or read: what they hold beside the budgets is bounded
 _MAX_OVERTAKEN = 8  # times that others may get room before the one that waits for it
 _MAX_BLOCKED = 8  # loads without room that are looked at between two steps
-_USUAL_LOAD_S = 0.01  # until it is measured
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """The tiers; `host` None: the device's images are host memory."""
-
-    device: Tier
-    slots: SlotTable
-    host: Tier | None = None
-
-    @property
-    def first(self) -> Tier:
-        """Where images are written."""
-        return self.host or self.device
 
 
 class Loads:
@@ -66,6 +50,7 @@ class Loads:
         loader: AdapterLoader,
         base: BaseSpec,
         on_failed: Callable[[AdapterId, MultiloraError], None],
+        quota_of: Callable[[str], int | None],
     ) -> None:
         self._records = records
         self._memory = memory
@@ -75,6 +60,15 @@ class Loads:
         self._on_failed = on_failed
         self._queue: dict[AdapterId, float] = {}  # since when it waits for its next step, in that order
         self._running: set[AdapterId] = set()  # the loader owes a message
+        self._room = Room(
+            records,
+            memory,
+            evict=self.evict,
+            evict_from_host=self.evict_from_host,
+            moved=self._moved,
+            is_pending=self.is_pending,
+            quota_of=quota_of,
+        )
 
     def start(self, record: Record) -> None:
         """Queue a load, unless it is queued or under way."""
@@ -210,7 +204,7 @@ class Loads:
     def _begin(self, record: Record, since: float, wanted: Mapping[AdapterId, float]) -> bool:
         adapter, run = record.info.id, None
         if record.layout is not None:
-            if not self._make_room(self._memory.first, record, record.layout.num_elements, since, wanted):
+            if not self._make_room(self._room.first, Wait(record, record.layout.num_elements, since, wanted)):
                 return adapter not in self._queue  # refused for good, or still waiting
             run = self._view(self._memory.first, adapter)
         self._run(adapter)
@@ -244,7 +238,7 @@ class Loads:
         """Write what was read. Without room it is dropped, and waits by its size, which is known now."""
         fetched = record.fetched
         assert fetched is not None
-        if not self._make_room(self._memory.first, record, fetched.layout.num_elements, since, wanted):
+        if not self._make_room(self._room.first, Wait(record, fetched.layout.num_elements, since, wanted)):
             if record.info.id in self._queue:
                 self._unstage(record)
                 return False
@@ -271,7 +265,7 @@ class Loads:
     def _copy(self, record: Record, since: float, wanted: Mapping[AdapterId, float]) -> bool:
         assert record.layout is not None and self._memory.host is not None
         adapter, size = record.info.id, record.layout.num_elements
-        if not self._make_room(self._memory.device, record, size, since, wanted):
+        if not self._make_room(self._room.on_device, Wait(record, size, since, wanted)):
             return adapter not in self._queue
         self._run(adapter)
         self._records.move(record, AdapterState.COPYING)
@@ -313,40 +307,14 @@ class Loads:
         assert run is not None, f"{adapter} has no run"
         return tier.arena.view(run)
 
-    def _make_room(
-        self, tier: Tier, record: Record, size: int, since: float, wanted: Mapping[AdapterId, float]
-    ) -> bool:
-        """A run for the adapter; False without one: it waits, or left the queue because it can never fit."""
-        pinned = self._records.pinned - {record.info.id}
-        if not tier.can_ever_fit(size, pinned if tier is self._memory.device else ()):
-            self._queue.pop(record.info.id)
-            self.fail(record, _too_large(record, tier, size, bool(pinned)))
+    def _make_room(self, make: Callable[[Wait], bool], wait: Wait) -> bool:
+        """Whether there is room; without it the load waits, or has left the queue because it can never fit."""
+        try:
+            return make(wait)
+        except CapacityExceeded as error:
+            self._queue.pop(wait.record.info.id)
+            self.fail(wait.record, error)
             return False
-        on_device = tier is self._memory.device
-        evict = self.evict if on_device else self.evict_from_host
-        return tier.allocate(
-            record.info.id,
-            size,
-            record.info.load_seconds or _USUAL_LOAD_S,
-            idle=self._idle_on_device if on_device else self._idle_on_host,
-            may_go=(lambda adapter: self._may_go(adapter, since, wanted)) if on_device else lambda _: True,
-            evict=lambda adapter: evict(self._records[adapter]),
-            moved=self._moved if on_device else lambda _: None,
-        )
-
-    def _idle_on_device(self) -> list[AdapterId]:
-        holders = (self._records[adapter] for adapter in self._memory.device.holders())
-        return [record.info.id for record in holders if record.resident is not None and not record.references]
-
-    def _may_go(self, adapter: AdapterId, since: float, wanted: Mapping[AdapterId, float]) -> bool:
-        """Whether an idle adapter may be evicted for a load that waits since `since`."""
-        return adapter not in self._records.pinned and wanted.get(adapter, since) >= since
-
-    def _idle_on_host(self) -> list[AdapterId]:
-        assert self._memory.host is not None
-        settled = (AdapterState.READY, AdapterState.HOST)
-        holders = (self._records[adapter] for adapter in self._memory.host.holders())
-        return [r.info.id for r in holders if r.state in settled and not self.is_pending(r.info.id)]
 
     def _moved(self, adapter: AdapterId) -> None:
         """An image has another place in the arena: point to it before the next step."""
@@ -355,13 +323,3 @@ class Loads:
         assert record.resident is not None and run is not None
         self._memory.slots.move(record.resident.slot, run)
         record.resident = self._resident(record, record.resident.slot)
-
-
-def _too_large(record: Record, tier: Tier, size: int, pinned: bool) -> CapacityExceeded:
-    needed = tier.bytes_for(size)
-    has = f"the whole arena has {tier.arena.num_bytes}"
-    if pinned and needed <= tier.arena.num_bytes:
-        message = f"needs {needed} bytes, {has} and pinned adapters leave less; unpin some or give the arena more bytes"
-    else:
-        message = f"needs {needed} bytes, {has}; give the arena more bytes"
-    return CapacityExceeded(f"{record.info.id}: {message}", needed_bytes=needed, retry_after_s=10.0)

@@ -19,9 +19,10 @@ from lora_runtime.batch import BASE_CARD, Resident
 from lora_runtime.catalogue import Catalogue
 from lora_runtime.errors import AdapterFailed, AdapterInUse, AdapterNotFound, InvalidRequest, MultiloraError
 from lora_runtime.futures import settle
-from lora_runtime.loads import Loads, Memory
+from lora_runtime.loads import Loads
 from lora_runtime.observers import Observers
 from lora_runtime.records import Record, Records
+from lora_runtime.room import Memory
 from lora_runtime.types import (
     BASE_NAME,
     DEFAULT_TENANT,
@@ -46,7 +47,9 @@ class Residency:
         observers: Observers,
         on_ready: Callable[[AdapterInfo], None],
         on_failed: Callable[[AdapterId, MultiloraError], None],
+        quota_of: Callable[[str], int | None] = lambda _tenant: None,
     ) -> None:
+        """`quota_of` gives the bytes of the device that a tenant's adapters may hold together, None for no bound."""
         self._base = Resident(BASE_SLOT, base.fingerprint.weights_sha256, _base_card(base))
         self.catalogue = Catalogue(_base_info(base, self._base))
         self._memory = memory
@@ -55,7 +58,7 @@ class Residency:
         self._on_ready = on_ready
         self._on_failed = on_failed
         self._records = Records(self.catalogue, self._changed, observers.on_alias)
-        self._loads = Loads(self._records, memory, loader, base, on_failed)
+        self._loads = Loads(self._records, memory, loader, base, on_failed, quota_of)
         self._registering: dict[AdapterId, tuple[Origin, Future[AdapterInfo], bool]] = {}
         self._leaving: dict[AdapterId, None] = {}  # to be unloaded or deleted
 

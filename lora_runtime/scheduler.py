@@ -1,18 +1,32 @@
-"""What runs next. Sequences wait per adapter; a batch takes the oldest whose adapter is ready.
+"""What runs next: weighted fairness between tenants, then between each tenant's adapters. There is no timer: the next
+batch forms while the device is busy.
 
-Selection is by arrival over all ready adapters, so no request waits for one that came later, whatever the skew; a
-request whose adapter is loading is passed over without being looked at again until the adapter is ready.
+Both levels are virtual token counters (Sheng et al. 2024, "Fairness in serving large language models"): whoever waits
+with the least service per weight is served next. One that comes back from idling is lifted to just below those that
+wait: it earns at most `CREDIT_TOKENS`, which let a tenant that asks for less than its share go before one that asks for
+more, even when its requests come in bursts. Chosen over deficit round robin, whose turns go in a cycle: a tenant that
+comes back does not wait for the cycle's end, and the bound does not grow with the number of tenants. The bound: while
+two tenants both wait for ready adapters, their service per weight drifts apart by at most one turn (`TURN_TOKENS` and
+the sequence that passes it) per weight, beside the credit that one of them began with.
+
+A flow is one tenant's requests for one adapter at one priority, in order of arrival. Flows share their tenant's service
+by `PRIORITY_BASE ** priority`, so a high priority goes first without ever stopping a low one. Requests whose adapter is
+loading are passed over.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from lora_runtime.types import AdapterId, Output, Request, Result
+
+CREDIT_TOKENS = 2048.0  # that idling may earn, over the weight
+TURN_TOKENS = 128  # of one flow before another has its turn: neighbours in a batch share their adapter's products
+PRIORITY_BASE = 4.0
 
 
 @dataclass(slots=True, eq=False)
@@ -50,25 +64,58 @@ class Work:
         return self.ticket.request.sequences[self.index].num_tokens
 
 
+@dataclass(slots=True, eq=False)
+class _Flow:
+    """Tickets of one tenant, adapter and priority with sequences left, by arrival."""
+
+    tenant: str
+    adapter: AdapterId
+    priority: int
+    served: float = 0.0  # tokens over weight
+    queue: deque[Ticket] = field(default_factory=deque[Ticket])
+
+    @property
+    def key(self) -> tuple[AdapterId, int]:
+        return self.adapter, self.priority
+
+    @property
+    def rank(self) -> tuple[float, int]:
+        return self.served, self.queue[0].arrival
+
+
+@dataclass(slots=True, eq=False)
+class _Tenant:
+    served: float = 0.0  # tokens over weight
+    flows: dict[tuple[AdapterId, int], _Flow] = field(default_factory=dict[tuple[AdapterId, int], _Flow])
+    flow_floor: float = 0.0  # where a flow that comes back begins
+    waiting: frozenset[tuple[AdapterId, int]] = frozenset()  # flows that could be served in the last batch
+
+
 class Scheduler:
     """Bounds each step by tokens and sequences. Owned by the engine thread."""
 
-    def __init__(self, token_budget: int, max_sequences: int) -> None:
+    def __init__(
+        self, token_budget: int, max_sequences: int, weight_of: Callable[[str], float] = lambda _tenant: 1.0
+    ) -> None:
         self._token_budget = token_budget
         self._max_sequences = max_sequences
-        self._queues: dict[AdapterId, deque[Ticket]] = {}  # by arrival; no queue is empty
+        self._weight_of = weight_of
+        self._tenants: dict[str, _Tenant] = {}
+        self._by_adapter: dict[AdapterId, dict[tuple[str, int], _Flow]] = {}
         self._tickets: dict[str, Ticket] = {}
         self._arrivals = 0
+        self._floor = 0.0  # where a tenant that comes back begins
+        self._waiting: frozenset[str] = frozenset()  # tenants that could be served in the last batch
 
     def open_tickets(self) -> list[Ticket]:
         """Requests that have not had their reply, oldest first."""
         return list(self._tickets.values())
 
     def add(self, request: Request, future: Future[Result], now: float) -> Ticket:
-        """Queue a request behind those that came before it."""
+        """Queue a request behind those of its flow that came before it."""
         self._arrivals += 1
         ticket = Ticket(request, future, self._arrivals, now, now)
-        self._queues.setdefault(request.adapter, deque()).append(ticket)
+        self._flow_of(request).queue.append(ticket)
         self._tickets[request.request_id] = ticket
         return ticket
 
@@ -77,25 +124,28 @@ class Scheduler:
 
     def waiting_for(self, adapter: AdapterId) -> tuple[Ticket, ...]:
         """Requests queued for one adapter, oldest first."""
-        return tuple(ticket for ticket in self._queues.get(adapter, ()) if not ticket.done)
+        flows = self._by_adapter.get(adapter, {}).values()
+        return tuple(sorted((t for flow in flows for t in flow.queue if not t.done), key=lambda t: t.arrival))
 
     def wanted(self) -> Iterable[AdapterId]:
         """Adapters that have requests queued."""
-        return tuple(self._queues)
+        return tuple(self._by_adapter)
 
     def waiting_since(self) -> dict[AdapterId, float]:
         """The submission of the oldest request that is queued for each adapter."""
-        return {adapter: self._queues[adapter][0].submitted_at for adapter in self._live_queues()}
+        return {
+            adapter: min(flow.queue[0].submitted_at for flow in flows.values())
+            for adapter, flows in self._by_adapter.items()
+        }
 
     def finish(self, ticket: Ticket) -> None:
         """Forget a request that has had its terminal reply; one that still waits leaves its queue."""
         ticket.done = True
         self._tickets.pop(ticket.request.request_id, None)
-        queue = self._queues.get(ticket.adapter)
-        if queue and ticket.num_left:
-            queue.remove(ticket)
-            if not queue:
-                del self._queues[ticket.adapter]
+        if ticket.num_left:
+            flow = self._flow_of(ticket.request)
+            flow.queue.remove(ticket)
+            self._forget_if_empty(flow)
 
     def expired(self, now: float) -> list[Ticket]:
         """Requests whose deadline has passed, started or not."""
@@ -103,33 +153,101 @@ class Scheduler:
         return [ticket for ticket, deadline in deadlines if deadline is not None and deadline <= now]
 
     def schedule(self, is_ready: Callable[[AdapterId], bool]) -> list[Work]:
-        """Take the oldest sequences of ready adapters, up to the budget; at least one if any is ready."""
-        heap = [(self._queues[a][0].arrival, a) for a in self._live_queues() if is_ready(a)]
-        heapq.heapify(heap)
+        """Sequences of ready adapters for one batch, up to the budget; at least one if any is ready."""
+        turns = self._turns(is_ready)
         chosen: list[Work] = []
         tokens = 0
-        while heap and len(chosen) < self._max_sequences:
-            adapter = heapq.heappop(heap)[1]
-            ticket = self._queues[adapter][0]
-            work = Work(ticket, ticket.next_sequence)
-            if chosen and tokens + work.num_tokens > self._token_budget:
-                break
-            chosen.append(work)
-            tokens += work.num_tokens
-            ticket.next_sequence += 1
-            if (head := self._head(adapter)) is not None:
-                heapq.heappush(heap, (head.arrival, adapter))
+        while turns and len(chosen) < self._max_sequences:
+            _, _, name, flows = heapq.heappop(turns)
+            tenant = self._tenants[name]
+            flow = min(flows, key=lambda flow: flow.rank)
+            taken = self._take(flow, tokens, chosen)
+            if not taken:
+                break  # what is next does not fit: nobody overtakes it, or it would wait for ever
+            tokens += taken
+            self._floor, tenant.flow_floor = tenant.served, flow.served
+            tenant.served += taken / self._weight_of(name)
+            flow.served += taken / PRIORITY_BASE**flow.priority
+            if not flow.queue:
+                flows.remove(flow)
+                self._forget_if_empty(flow)
+            if flows:
+                heapq.heappush(turns, self._turn(name, flows))
         return chosen
 
-    def _live_queues(self) -> list[AdapterId]:
-        return [adapter for adapter in list(self._queues) if self._head(adapter) is not None]
+    def _turns(self, is_ready: Callable[[AdapterId], bool]) -> list[tuple[float, int, str, list[_Flow]]]:
+        """A heap of the tenants that can be served, the least served first, each with its flows."""
+        ready = {adapter for adapter in self._by_adapter if is_ready(adapter)}
+        able: dict[str, list[_Flow]] = {}
+        for adapter in ready:
+            for flow in self._by_adapter[adapter].values():
+                able.setdefault(flow.tenant, []).append(flow)
+        stayed = [self._tenants[name].served for name in able.keys() & self._waiting]
+        floor = max(self._floor, min(stayed)) if stayed else self._floor
+        for name, flows in able.items():
+            tenant = self._tenants[name]
+            if name not in self._waiting:
+                tenant.served = max(tenant.served, floor - CREDIT_TOKENS / self._weight_of(name))
+            self._lift_flows(tenant, flows)
+        self._waiting = frozenset(able)
+        turns = [self._turn(name, flows) for name, flows in able.items()]
+        heapq.heapify(turns)
+        return turns
 
-    def _head(self, adapter: AdapterId) -> Ticket | None:
-        """The oldest request of an adapter with a sequence left; those that have none go, an empty queue too."""
-        queue = self._queues[adapter]
-        while queue and not queue[0].num_left:
-            queue.popleft()
-        if not queue:
-            del self._queues[adapter]
-            return None
-        return queue[0]
+    def _lift_flows(self, tenant: _Tenant, flows: list[_Flow]) -> None:
+        stayed = [flow.served for flow in flows if flow.key in tenant.waiting]
+        floor = max(tenant.flow_floor, min(stayed)) if stayed else tenant.flow_floor
+        for flow in flows:
+            if flow.key not in tenant.waiting:
+                flow.served = max(flow.served, floor)
+        tenant.waiting = frozenset(flow.key for flow in flows)
+
+    def _turn(self, name: str, flows: list[_Flow]) -> tuple[float, int, str, list[_Flow]]:
+        return self._tenants[name].served, min(flow.queue[0].arrival for flow in flows), name, flows
+
+    def _take(self, flow: _Flow, tokens: int, chosen: list[Work]) -> int:
+        """Take sequences of one flow for a turn, as far as they fit; their tokens."""
+        taken = 0
+        for work in self._next_of(flow):
+            full = tokens + taken + work.num_tokens > self._token_budget or len(chosen) >= self._max_sequences
+            if taken >= TURN_TOKENS or (chosen and full):
+                break
+            chosen.append(work)
+            taken += work.num_tokens
+            work.ticket.next_sequence += 1
+        while flow.queue and not flow.queue[0].num_left:
+            flow.queue.popleft()
+        return taken
+
+    def _next_of(self, flow: _Flow) -> Iterator[Work]:
+        for ticket in flow.queue:
+            while ticket.num_left:
+                yield Work(ticket, ticket.next_sequence)
+
+    def _flow_of(self, request: Request) -> _Flow:
+        name = request.tenant or request.adapter.tenant
+        key = request.adapter, request.priority
+        tenant = self._tenants.setdefault(name, _Tenant())
+        if key not in tenant.flows:
+            tenant.flows[key] = _Flow(name, *key)
+        flow = tenant.flows[key]
+        self._by_adapter.setdefault(request.adapter, {})[name, request.priority] = flow
+        return flow
+
+    def _forget_if_empty(self, flow: _Flow) -> None:
+        """An idle flow is looked at no more; what it was served counts until the others have caught up."""
+        if flow.queue:
+            return
+        of_adapter = self._by_adapter[flow.adapter]
+        of_adapter.pop((flow.tenant, flow.priority), None)
+        if not of_adapter:
+            del self._by_adapter[flow.adapter]
+        tenant = self._tenants[flow.tenant]
+        if not any(kept.queue for kept in tenant.flows.values()):
+            tenant.flows.clear()
+            tenant.flow_floor = 0.0
+        if not self._by_adapter:  # nobody waits: there is nobody to be fair to
+            self._tenants.clear()
+            self._floor = 0.0
+        elif not tenant.flows and tenant.served <= self._floor:
+            del self._tenants[flow.tenant]

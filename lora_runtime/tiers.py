@@ -97,7 +97,7 @@ class Tier:
         evict: Callable[[AdapterId], object],
         moved: Callable[[AdapterId], None],
     ) -> bool:
-        candidates.sort(key=lambda other: (self._worth(other), other), reverse=True)
+        candidates.sort(key=lambda other: (self.worth(other), other), reverse=True)
         while not self.arena.can_allocate(needed) and not self._compact(needed, movable, moved):
             if not candidates:
                 return False  # what cannot be moved lies in the way
@@ -121,7 +121,8 @@ class Tier:
         held = sum(holding.run.length for holding in self._holdings.values())
         assert held * self.arena.buffer.itemsize == self.arena.used_bytes, "the arena holds bytes of nobody"
 
-    def _worth(self, adapter: AdapterId) -> float:
+    def worth(self, adapter: AdapterId) -> float:
+        """Seconds of reload for each byte and use of others since its own last one; the least goes first."""
         holding = self._holdings[adapter]
         return holding.cost_s / (holding.run.length * (1 + self._clock - holding.used_at))
 

@@ -298,6 +298,8 @@ class Request:
     deadline_monotonic: float | None = None
     pooling: Pooling | None = None  # of an EMBED request; None: as the adapter says
     input_of: tuple[int, ...] | None = None  # per sequence the input it is a window of; None: one sequence an input
+    tenant: str | None = None  # who asks, and is charged for it; None: the adapter's own tenant
+    priority: int = 0  # among the requests of its tenant
 
     def input_index(self, sequence: int) -> int:
         """Which of the caller's inputs a sequence belongs to."""

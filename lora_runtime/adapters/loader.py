@@ -167,7 +167,7 @@ class AdapterLoader:
         def examine() -> None:
             started = time.monotonic()
             try:
-                outcome: AdapterCard | MultiloraError = read_card(folder, self._base)
+                outcome: AdapterCard | MultiloraError = read_card(folder, self._base, str(adapter))
             except Exception as error:  # noqa: BLE001 - told as it is
                 outcome = _typed(adapter, error)
             self._post(CardRead(adapter, outcome))

@@ -60,12 +60,15 @@ class AdapterPlan:
         return sum(ref.end - ref.start for ref in self.tensors) - sum(ref.end - ref.start for ref in copies)
 
 
-def read_card(folder: Path, base: BaseSpec) -> AdapterCard:
-    """What the adapter answers; raises AdapterRejected for all that can be known without its values."""
+def read_card(folder: Path, base: BaseSpec, name: str | None = None) -> AdapterCard:
+    """What the adapter answers; raises AdapterRejected for all that can be known without its values.
+
+    `name` is what warnings call it, by default its folder's.
+    """
     findings = Findings()
     plan = plan_adapter(folder, base, findings)
     for warning in findings.warnings:
-        logger.warning("adapter %s: %s", folder.name, warning)
+        logger.warning("adapter %s: %s", name or folder.name, warning)
     assert plan is not None and plan.card is not None
     return plan.card
 

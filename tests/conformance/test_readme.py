@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import tomllib
-from pathlib import Path
+from collections.abc import Iterator
+from typing import Any
 
 from typer.main import get_command
 
@@ -27,10 +28,21 @@ def test_every_command_named_exists() -> None:
 
 
 def test_every_flag_named_exists() -> None:
-    root = Path(ROOT)
-    sources = "".join(path.read_text() for path in (root / "server").glob("cli*.py"))
-    for flag in set(re.findall(r"(?<=\s)--([a-z][a-z-]+)", README)):
-        assert flag in ("help",) or flag.replace("-", "_") in sources, flag
+    known = {"--help", *flags_of(get_command(app))}
+    assert set(re.findall(r"(?<=[\s`(])--[a-z][a-z-]+", README)) <= known
+
+
+def test_every_adapter_command_has_a_row() -> None:
+    group = get_command(app).get_command(None, "adapters")  # pyright: ignore
+    table = "".join(line for line in README.splitlines() if line.startswith("| `") and re.search("Adapter|Alias", line))
+    assert {name for name in group.list_commands(None) if f"`{name}`" not in table} == {"inspect"}
+
+
+def flags_of(command: Any) -> Iterator[str]:
+    for parameter in command.params:
+        yield from parameter.opts
+    for name in getattr(command, "list_commands", lambda _: [])(None):
+        yield from flags_of(command.get_command(None, name))
 
 
 def test_extras_named_exist() -> None:

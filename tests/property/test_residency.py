@@ -30,16 +30,19 @@ from lora_runtime.errors import (
     MultiloraError,
     SourceUnavailable,
 )
-from lora_runtime.loads import Memory
 from lora_runtime.observers import Observers
 from lora_runtime.records import LEGAL_MOVES
 from lora_runtime.residency import Residency
+from lora_runtime.room import Memory
 from lora_runtime.tiers import Tier
 from lora_runtime.types import AdapterCard, AdapterId, AdapterInfo, AdapterState, Alias, ProblemType, Task
 from tests.fakes import WIDTH, fake_spec
 
 SPEC = fake_spec()
-ADAPTERS = {AdapterId("default", f"a{i}", 1): rank for i, rank in enumerate((1, 4, 9, 16, 30, 40))}
+ADAPTERS = {
+    AdapterId("default" if i % 3 else "small", f"a{i}", 1): rank for i, rank in enumerate((1, 4, 9, 16, 30, 40))
+}
+QUOTA = 4 * 560  # bytes that the tenant `small` may hold: either of its two adapters, not both
 CARD = AdapterCard(Task.CLASSIFY, ("x",), ProblemType.SINGLE_LABEL, None, None, None)
 URL_ADAPTERS = frozenset(sorted(ADAPTERS)[::2])  # their files come from a store
 
@@ -125,7 +128,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         memory = Memory(Tier(self.arena), self.slots, None if self.host is None else Tier(self.host))
         observers = Observers()
         observers.add(self)  # pyright: ignore[reportArgumentType]
-        self.residency = Residency(SPEC, memory, self.loader, observers, lambda _i: None, self.failed)
+        self.residency = Residency(SPEC, memory, self.loader, observers, lambda _i: None, self.failed, self.quota_of)
         self.held: list[tuple[AdapterId, Resident]] = []
         self.futures: list[Future[Any]] = []
         FakeLease.held = 0
@@ -133,6 +136,9 @@ class ResidencyMachine(RuleBasedStateMachine):
             self.register(adapter, examine=True)
         while self.loader.jobs:
             self.end_job(0)
+
+    def quota_of(self, tenant: str) -> int | None:
+        return QUOTA if tenant == "small" else None
 
     # What the residency tells
 
@@ -266,6 +272,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         assert self.arena.used_bytes <= self.arena.num_bytes
         published = sum(info.resident_bytes for info in self.residency.catalogue.all())
         assert published <= self.arena.used_bytes
+        assert sum(i.resident_bytes for i in self.residency.catalogue.list("small")) <= QUOTA
 
     @invariant()
     def what_a_batch_holds_is_untouched(self) -> None:

@@ -1,4 +1,5 @@
-"""Any mix of arrivals, loads, cancels and batches: nothing lost, nothing twice, budgets held, waiting bounded."""
+"""Any mix of tenants, arrivals, loads, cancels and batches: nothing lost, nothing twice, budgets held, flows in order,
+and between two tenants that both wait the served tokens per weight differ by a bounded amount."""
 
 from __future__ import annotations
 
@@ -13,22 +14,36 @@ from lora_runtime.types import AdapterId, Classification, Request, Task, TokenSe
 
 BUDGET, MAX_SEQUENCES = 50, 6
 ADAPTERS = [AdapterId("default", f"a{i}", 1) for i in range(4)]
+WEIGHTS = {"heavy": 4.0, "light": 1.0, "other": 2.0}
 
 
 class SchedulerMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = Scheduler(BUDGET, MAX_SEQUENCES)
+        self.scheduler = Scheduler(BUDGET, MAX_SEQUENCES, WEIGHTS.__getitem__)
         self.ready: set[AdapterId] = set()
         self.tickets: dict[int, Ticket] = {}
         self.left: dict[int, list[int]] = {}  # arrival → sequences not yet scheduled
         self.now = 0.0
 
-    @rule(adapter=st.sampled_from(ADAPTERS), lengths=st.lists(st.integers(1, BUDGET), min_size=1, max_size=9))
-    def arrive(self, adapter: AdapterId, lengths: list[int]) -> None:
+    @rule(
+        adapter=st.sampled_from(ADAPTERS),
+        tenant=st.sampled_from(sorted(WEIGHTS)),
+        priority=st.integers(0, 2),
+        lengths=st.lists(st.integers(1, BUDGET), min_size=1, max_size=9),
+    )
+    def arrive(self, adapter: AdapterId, tenant: str, priority: int, lengths: list[int]) -> None:
         self.now += 1
         sequences = tuple(TokenSequence((1,) * n, None) for n in lengths)
-        request = Request(f"r{self.now}", adapter, Task.CLASSIFY, sequences, deadline_monotonic=self.now + 20)
+        request = Request(
+            f"r{self.now}",
+            adapter,
+            Task.CLASSIFY,
+            sequences,
+            deadline_monotonic=self.now + 20,
+            tenant=tenant,
+            priority=priority,
+        )
         ticket = self.scheduler.add(request, Future(), self.now)
         self.tickets[ticket.arrival] = ticket
         self.left[ticket.arrival] = list(range(len(lengths)))
@@ -57,10 +72,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert bool(work) == bool(servable), "a servable request was passed over, or one was made up"
         assert len(work) <= MAX_SEQUENCES
         assert sum(item.num_tokens for item in work) <= BUDGET
-        if work:
-            assert work[0].ticket.arrival == servable[0], "the oldest servable request must go first"
         for item in work:
             assert item.ticket.adapter in self.ready
+            older = [a for a in servable if a < item.ticket.arrival and self.left[a]]
+            assert not any(same_flow(self.tickets[a], item.ticket) for a in older), "a request overtook in its flow"
             assert self.left[item.ticket.arrival].pop(0) == item.index, "a sequence was skipped or answered twice"
             item.ticket.outputs[item.index] = Classification((), ())
         for arrival in [a for a, left in self.left.items() if not left]:
@@ -86,6 +101,11 @@ class SchedulerMachine(RuleBasedStateMachine):
                 break
             self.batch()
         assert not self.tickets, "requests wait for ever although every adapter is ready"
+
+
+def same_flow(one: Ticket, other: Ticket) -> bool:
+    a, b = one.request, other.request
+    return (a.tenant, a.adapter, a.priority) == (b.tenant, b.adapter, b.priority)
 
 
 TestScheduler = SchedulerMachine.TestCase

@@ -1,0 +1,144 @@
+"""Room for an image: whose images may go for it, in which tier, and when there can never be any."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from lora_runtime.arena import SlotTable
+from lora_runtime.errors import CapacityExceeded
+from lora_runtime.records import Record, Records
+from lora_runtime.tiers import Tier
+from lora_runtime.types import AdapterId, AdapterState
+
+_USUAL_LOAD_S = 0.01  # until it is measured
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """The tiers; `host` None: the device's images are host memory."""
+
+    device: Tier
+    slots: SlotTable
+    host: Tier | None = None
+
+    @property
+    def first(self) -> Tier:
+        """Where images are written."""
+        return self.host or self.device
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Whose room it is, since when it waits, and the adapters that have requests in the queue, since when."""
+
+    record: Record
+    size: int  # elements
+    since: float  # monotonic seconds
+    wanted: Mapping[AdapterId, float]
+
+
+class Room:
+    """Makes room between two steps. What it evicts or moves, it tells its owner."""
+
+    def __init__(
+        self,
+        records: Records,
+        memory: Memory,
+        *,
+        evict: Callable[[Record], object],
+        evict_from_host: Callable[[Record], object],
+        moved: Callable[[AdapterId], None],
+        is_pending: Callable[[AdapterId], bool],
+        quota_of: Callable[[str], int | None],
+    ) -> None:
+        """`quota_of` gives the bytes of the device that a tenant's adapters may hold, None for no bound."""
+        self._records = records
+        self._memory = memory
+        self._evict = evict
+        self._evict_from_host = evict_from_host
+        self._moved = moved
+        self._is_pending = is_pending
+        self._quota_of = quota_of
+
+    def on_device(self, wait: Wait) -> bool:
+        """Whether the adapter got a run of the device; raises CapacityExceeded when it can never have one."""
+        device, record = self._memory.device, wait.record
+        pinned = self._records.pinned - {record.info.id}
+        if not device.can_ever_fit(wait.size, pinned):
+            raise _too_large(record, device, wait.size, bool(pinned))
+        if not self._within_quota(wait):
+            return False
+        return device.allocate(
+            record.info.id,
+            wait.size,
+            record.info.load_seconds or _USUAL_LOAD_S,
+            idle=self._idle_on_device,
+            may_go=lambda adapter: self._may_go(adapter, wait),
+            evict=lambda adapter: self._evict(self._records[adapter]),
+            moved=self._moved,
+        )
+
+    def on_host(self, wait: Wait) -> bool:
+        """Whether the adapter got a run of host memory; raises CapacityExceeded when it can never have one."""
+        host, record = self._memory.host, wait.record
+        assert host is not None
+        if not host.can_ever_fit(wait.size, ()):
+            raise _too_large(record, host, wait.size, pinned=False)
+        return host.allocate(
+            record.info.id,
+            wait.size,
+            record.info.load_seconds or _USUAL_LOAD_S,
+            idle=self._idle_on_host,
+            may_go=lambda _adapter: True,
+            evict=lambda adapter: self._evict_from_host(self._records[adapter]),
+            moved=lambda _adapter: None,
+        )
+
+    def first(self, wait: Wait) -> bool:
+        """As `on_host` or `on_device`, in the tier where images are written."""
+        return self.on_device(wait) if self._memory.host is None else self.on_host(wait)
+
+    def _within_quota(self, wait: Wait) -> bool:
+        """Whether the tenant's other adapters leave it the room; its own idle ones go for that."""
+        device, tenant = self._memory.device, wait.record.info.id.tenant
+        quota = self._quota_of(tenant)
+        if quota is None:
+            return True
+        needed = device.bytes_for(wait.size)
+        if needed > quota:
+            message = f"needs {needed} bytes, its tenant may hold {quota}; raise max_resident_mib of {tenant}"
+            raise CapacityExceeded(f"{wait.record.info.id}: {message}", needed_bytes=needed, retry_after_s=10.0)
+        own = [adapter for adapter in device.holders() if adapter.tenant == tenant]
+        held = sum(device.bytes_of(adapter) for adapter in own)
+        idle = {*self._idle_on_device()}
+        for adapter in sorted((a for a in own if a in idle and self._may_go(a, wait)), key=device.worth):
+            if held + needed <= quota:
+                break
+            held -= device.bytes_of(adapter)
+            self._evict(self._records[adapter])
+        return held + needed <= quota
+
+    def _idle_on_device(self) -> list[AdapterId]:
+        holders = (self._records[adapter] for adapter in self._memory.device.holders())
+        return [record.info.id for record in holders if record.resident is not None and not record.references]
+
+    def _may_go(self, adapter: AdapterId, wait: Wait) -> bool:
+        """Whether an idle adapter may be evicted: not for a load that began to wait after its own requests."""
+        return adapter not in self._records.pinned and wait.wanted.get(adapter, wait.since) >= wait.since
+
+    def _idle_on_host(self) -> list[AdapterId]:
+        assert self._memory.host is not None
+        settled = (AdapterState.READY, AdapterState.HOST)
+        holders = (self._records[adapter] for adapter in self._memory.host.holders())
+        return [r.info.id for r in holders if r.state in settled and not self._is_pending(r.info.id)]
+
+
+def _too_large(record: Record, tier: Tier, size: int, pinned: bool) -> CapacityExceeded:
+    needed = tier.bytes_for(size)
+    has = f"the whole arena has {tier.arena.num_bytes}"
+    if pinned and needed <= tier.arena.num_bytes:
+        message = f"needs {needed} bytes, {has} and pinned adapters leave less; unpin some or give the arena more bytes"
+    else:
+        message = f"needs {needed} bytes, {has}; give the arena more bytes"
+    return CapacityExceeded(f"{record.info.id}: {message}", needed_bytes=needed, retry_after_s=10.0)
