@@ -106,10 +106,11 @@ class Room:
         if quota is None:
             return True
         needed = device.bytes_for(wait.size)
-        if needed > quota:
-            message = f"needs {needed} bytes, its tenant may hold {quota}; raise max_resident_mib of {tenant}"
-            raise CapacityExceeded(f"{wait.record.info.id}: {message}", needed_bytes=needed, retry_after_s=10.0)
         own = [adapter for adapter in device.holders() if adapter.tenant == tenant]
+        kept = sum(device.bytes_of(adapter) for adapter in own if adapter in self._records.pinned)
+        if needed > quota - kept:
+            message = f"needs {needed} bytes, its tenant may hold {quota} and has pinned {kept}; unpin or raise the limit"
+            raise CapacityExceeded(f"{wait.record.info.id}: {message}", needed_bytes=needed, retry_after_s=10.0)
         held = sum(device.bytes_of(adapter) for adapter in own)
         idle = {*self._idle_on_device()}
         for adapter in sorted((a for a in own if a in idle and self._may_go(a, wait)), key=device.worth):
