@@ -22,18 +22,28 @@ from server.control.events import EventLog, EventObserver
 from server.control.setup import Control
 from server.control.watcher import RootWatcher
 from server.metrics import EngineMetrics, MetricsEndpoint, ServerMetrics
-from server.pb.multilora.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
+from server.pb.multilora.v1 import (
+    adapters_pb2,
+    adapters_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+    usage_pb2,
+    usage_pb2_grpc,
+)
 from server.rpc.adapters import AdapterService
 from server.rpc.health import Health
 from server.rpc.inference import InferenceService
 from server.rpc.interceptors import RpcInterceptor
+from server.rpc.usage import UsageService
 from server.settings import MIB, ServeSettings
 from server.startup import BackendFactory, Prepared, StartupError, load_runtime
+from server.tenancy.setup import Tenancy
 from server.tokenize import TokenizerPool
 
 SERVICES: tuple[str, ...] = (
     inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
     adapters_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
+    usage_pb2.DESCRIPTOR.services_by_name["UsageService"].full_name,
 )
 # By then no RPC is left, so the engine has at most one batch to finish.
 _ENGINE_DRAIN_S = 1.0
@@ -58,9 +68,10 @@ class App:
         self._loading: Future[Prepared] | None = None
         self._metrics = ServerMetrics()
         self._events = EventLog()
+        self._tenancy = Tenancy(settings, self._metrics)
         self._control = Control(settings, self._slot)
         self._watching: asyncio.Task[None] | None = None
-        self._admission = Admission(settings.max_queued_sequences)
+        self._admission = Admission(settings.max_queued_sequences, refuse_early=settings.refuse_early)
         self._tokenizers = TokenizerPool(settings.tokenizer_threads)
         self._health = Health(SERVICES)
         self._server: aio.Server | None = None
@@ -100,15 +111,23 @@ class App:
         self._server = self._build_server()
         address = _address(settings.host, settings.port)
         try:
-            self.port = self._server.add_insecure_port(address)
+            credentials = self._tenancy.credentials
+            self.port = (
+                self._server.add_insecure_port(address)
+                if credentials is None
+                else self._server.add_secure_port(address, credentials)
+            )
         except RuntimeError as error:
             raise StartupError(f"--host, --port: cannot listen on {address}; choose another address") from error
         await self._health.attach(self._server)
+        if self._tenancy.gate.is_open:
+            _log.warning("--auth none: anybody on this machine may do anything")
         await self._server.start()
+        self._tenancy.start()
 
     async def load(self, stop: asyncio.Event) -> bool:
         """Load base and preloads, then serve. False when `stop` was set meanwhile."""
-        observers = (EngineMetrics(self._metrics), EventObserver(self._events))
+        observers = (EngineMetrics(self._metrics), EventObserver(self._events), self._tenancy.meter)
         self._loading = _in_daemon_thread(lambda: self._control.prepare(self._factory, observers))
         loaded = asyncio.ensure_future(completion(self._loading))
         stopped = asyncio.ensure_future(stop.wait())
@@ -119,6 +138,7 @@ class App:
             return False
         prepared = loaded.result()
         self._backend = prepared.backend
+        self._backend.engine.use_shares(self._tenancy.shares)
         self._slot.publish(self._backend)
         if self._settings.watch_seconds:
             watcher = RootWatcher(self._control.plane, self._settings.adapters, prepared.scan)
@@ -132,6 +152,7 @@ class App:
         if self._server is not None:
             if self._backend is not None:
                 await asyncio.sleep(self._settings.drain_delay)
+            self._events.close()  # watchers never finish by themselves
             await self._server.stop(self._settings.grace)
         if self._watching is not None:
             self._watching.cancel()
@@ -142,6 +163,7 @@ class App:
             await asyncio.to_thread(backend.close, _ENGINE_DRAIN_S)
         self._control.close()
         self._tokenizers.close()
+        await asyncio.to_thread(self._tenancy.close)
         if self._endpoint is not None:
             await asyncio.to_thread(self._endpoint.close)
 
@@ -164,7 +186,9 @@ class App:
     def _build_server(self) -> aio.Server:
         limit = self._settings.max_message_mib * MIB
         server = aio.server(
-            interceptors=[RpcInterceptor(self._metrics)],
+            interceptors=[
+                RpcInterceptor(self._metrics, self._tenancy.gate, self._tenancy.audit, self._tenancy.closed_methods)
+            ],
             options=[
                 ("grpc.so_reuseport", 0),  # a second server on the port must fail, not take half of the calls
                 ("grpc.max_receive_message_length", limit),
@@ -178,6 +202,7 @@ class App:
             InferenceService(
                 self._slot,
                 self._admission,
+                self._tenancy.limits,
                 self._tokenizers,
                 self._metrics,
                 max_inputs=self._settings.max_inputs,
@@ -188,7 +213,9 @@ class App:
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(
             AdapterService(self._control.plane, self._events), server
         )
-        reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        usage_pb2_grpc.add_UsageServiceServicer_to_server(UsageService(self._tenancy.meter), server)
+        if self._settings.reflection != "off":
+            reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         return server
 
     async def _until(self, stop: asyncio.Event) -> None:

@@ -17,6 +17,7 @@ from lora_runtime.adapters.sources.api import Origin
 from lora_runtime.catalogue import Catalogue
 from lora_runtime.errors import EngineStopped, MultiloraError
 from lora_runtime.observers import EngineObserver
+from lora_runtime.shares import Shares
 from lora_runtime.types import AdapterId, AdapterInfo, Alias, Request, Result, TokenSequence, Unloaded
 
 if TYPE_CHECKING:  # brings torch and transformers
@@ -51,6 +52,8 @@ class Engine(Protocol):
     def set_alias(self, alias: Alias) -> Future[Alias]: ...
 
     def delete_alias(self, tenant: str, name: str, alias: str) -> Future[Alias]: ...
+
+    def use_shares(self, shares: Shares) -> None: ...
 
     def add_observer(self, observer: EngineObserver) -> None: ...
 

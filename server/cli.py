@@ -23,6 +23,7 @@ LAZY_COMMANDS = {
     "bench": "server.cli_bench:bench_app",
     "demo": "server.cli_demo:demo_app",
     "adapters": "server.cli_adapters:adapters_app",
+    "keys": "server.cli_keys:keys_app",
 }
 
 
@@ -78,6 +79,14 @@ def serve(
     adapters: Annotated[str | None, _flag("adapters")] = None,
     state: Annotated[Path | None, _flag("state")] = None,
     sources: Annotated[str | None, _flag("sources")] = None,
+    auth: Annotated[str | None, _flag("auth")] = None,
+    tls_cert: Annotated[Path | None, _flag("tls_cert")] = None,
+    tls_key: Annotated[Path | None, _flag("tls_key")] = None,
+    tls_client_ca: Annotated[Path | None, _flag("tls_client_ca")] = None,
+    audit_log: Annotated[Path | None, _flag("audit_log")] = None,
+    reflection: Annotated[str | None, _flag("reflection")] = None,
+    health: Annotated[str | None, _flag("health")] = None,
+    refuse_early: Annotated[bool | None, _flag("refuse_early")] = None,
     host: Annotated[str | None, _flag("host")] = None,
     port: Annotated[int | None, _flag("port")] = None,
     metrics_port: Annotated[int | None, _flag("metrics_port")] = None,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 bench_app = typer.Typer(
-    help="Measure throughput; outputs are checked before a speed is printed.",
+    help="Measure speed and memory; outputs are checked before a figure is printed.",
     no_args_is_help=True,
     add_completion=False,
 )
@@ -23,11 +26,6 @@ _MEANING = {
     "transformers_base": "padded batches, sorted by length, no adapter, one head",
     "peft_mixed": "padded batches, sorted by length, PEFT adapter_names",
 }
-
-
-@bench_app.callback()
-def main() -> None:
-    """Keeps `encoder` a sub-command while it is the only one."""
 
 
 @bench_app.command()
@@ -43,14 +41,9 @@ def encoder(
     out: Annotated[Path | None, typer.Option(help="Write the result here as JSON.")] = None,
 ) -> None:
     """Own mixed batches against own base, transformers and PEFT, interleaved in one run."""
-    console = Console()
-    try:
+    with _installed():
         from server.bench.encoder import TARGETS, EncoderBench, run_encoder_bench
-        from server.bench.measure import OutputsDiffer
         from server.bench.texts import default_base, sample_texts
-    except ModuleNotFoundError as error:
-        console.print(f"[red]{error.name} is not installed:[/] pip install '.\\[demo]' in the repository")
-        raise typer.Exit(1) from error
     if targets not in TARGETS:
         raise typer.BadParameter(f"{targets!r} is not one of {', '.join(TARGETS)}", param_hint="--targets")
     bench = EncoderBench(
@@ -63,17 +56,82 @@ def encoder(
         threads=threads,
         token_budget=token_budget,
     )
+    _run(lambda progress: run_encoder_bench(bench, progress), _print, out)
+
+
+@bench_app.command("adapters")
+def many_adapters(
+    base: Annotated[str | None, typer.Option(help="Folder or name of the encoder. Default: the packaged one.")] = None,
+    parts: Annotated[
+        str, typer.Option(help="Some of many, storm, cold, replace, memory.")
+    ] = "many,storm,cold,replace,memory",
+    scale: Annotated[
+        str, typer.Option(help="full (minutes, 10,000 adapters) or small (to see that it works).")
+    ] = "full",
+    threads: Annotated[int, typer.Option(help="torch threads of the servers.", min=1)] = 2,
+    out: Annotated[Path | None, typer.Option(help="Write the result here as JSON.")] = None,
+) -> None:
+    """What thousands of adapters, loads and replacements cost the calls of others; real servers, gRPC clients."""
+    with _installed():
+        from server.bench.adapters.plan import PARTS, SCALES, AdaptersBench
+        from server.bench.adapters.run import run_adapters_bench
+        from server.bench.texts import default_base
+    chosen = tuple(part.strip() for part in parts.split(",") if part.strip())
+    if unknown := set(chosen) - {*PARTS}:
+        raise typer.BadParameter(f"{min(unknown)!r} is not one of {', '.join(PARTS)}", param_hint="--parts")
+    if scale not in SCALES:
+        raise typer.BadParameter(f"{scale!r} is not one of {', '.join(SCALES)}", param_hint="--scale")
+    bench = AdaptersBench(base or default_base(), SCALES[scale], scale, chosen, threads)
+    _run(lambda progress: run_adapters_bench(bench, progress), _print_targets, out)
+
+
+@contextmanager
+def _installed() -> Generator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        Console().print(f"[red]{error.name} is not installed:[/] pip install '.\\[demo]' in the repository")
+        raise typer.Exit(1) from error
+
+
+def _run(
+    measure: Callable[[Callable[[str], None]], dict[str, Any]],
+    show: Callable[[Console, dict[str, Any]], None],
+    out: Path | None,
+) -> None:
+    """Measure, show and write; nothing of either when outputs differ."""
+    from server.bench.measure import OutputsDiffer
+
+    console = Console()
+    before = signal.signal(signal.SIGTERM, _end)
     try:
         with console.status("starting") as status:
-            result = run_encoder_bench(bench, lambda text: status.update(text))
+            result = measure(status.update)
     except OutputsDiffer as error:
         console.print(f"[red]{error}[/]")
         raise typer.Exit(1) from error
-    _print(console, result)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    show(console, result)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         console.print(f"written to {out}")
+
+
+def _end(*_: object) -> None:
+    raise SystemExit(143)  # so that the servers of a run end with it
+
+
+def _print_targets(console: Console, result: dict[str, Any]) -> None:
+    table = Table(title=f"{result['answers_checked']} answers as PEFT's, largest error {result['largest_error']:.0e}")
+    for heading in ("part", "figure", "value", "target", "met"):
+        table.add_column(heading, justify="right" if heading in ("value", "target") else "left")
+    for part, found in result["parts"].items():
+        for name, target in found["targets"].items():
+            limit = f"≤ {target['at_most']:g}" if "at_most" in target else f"≥ {target['at_least']:g}"
+            table.add_row(part, name, f"{target['value']:.4g}", limit, "yes" if target["met"] else "[red]no[/]")
+    console.print(table)
 
 
 def _print(console: Console, result: dict[str, Any]) -> None:

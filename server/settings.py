@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -40,6 +41,28 @@ class ServeSettings(BaseModel):
     )
     sources: tuple[str, ...] = Field(
         (), description="URL prefixes that clients may register adapters from, separated by commas, such as hf://org."
+    )
+    auth: str = Field(
+        min_length=1,
+        description="Who may call: an auth file (TOML: keys, JWT, client certificates, limits), or `none` for anybody, "
+        "which is allowed on loopback alone.",
+    )
+    tls_cert: Path | None = Field(None, description="PEM file of the server's certificate chain; turns TLS on.")
+    tls_key: Path | None = Field(None, description="PEM file of its private key.")
+    tls_client_ca: Path | None = Field(
+        None, description="PEM file of CAs; clients must then show a certificate of theirs."
+    )
+    audit_log: Path | None = Field(
+        None, description="File that gets a JSON line for each change of adapters and each denial."
+    )
+    reflection: Literal["open", "authenticated", "off"] = Field(
+        "authenticated", description="Who may list the services: anybody, callers with a credential, or nobody."
+    )
+    health: Literal["open", "authenticated"] = Field(
+        "open", description="Who may ask for health: anybody, or callers with a credential."
+    )
+    refuse_early: bool = Field(
+        False, description="Refuse requests whose deadline will pass in the queue, by the current pace."
     )
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on, for gRPC and for metrics.")
     port: _Port = Field(50051, description="gRPC port; 0 takes any free one.")
@@ -110,6 +133,24 @@ class ServeSettings(BaseModel):
                 raise ValueError(f"{prefix!r} is no URL prefix such as s3://bucket/adapters or hf://org")
         return value
 
+    @field_validator("auth", mode="before")
+    @classmethod
+    def _auth_as_text(cls, value: object) -> object:
+        return str(value) if isinstance(value, Path) else value
+
+    @model_validator(mode="after")
+    def _is_guarded(self) -> ServeSettings:
+        if self.auth == "none" and not _is_loopback(self.host):
+            raise ValueError(
+                f"--auth none answers anybody, and --host {self.host} is not loopback: name an auth file, or listen on "
+                "127.0.0.1"
+            )
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("--tls-cert and --tls-key go together: name both or neither")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("--tls-client-ca needs --tls-cert and --tls-key: there is no TLS without them")
+        return self
+
     @model_validator(mode="after")
     def _largest_request_is_admissible(self) -> ServeSettings:
         if self.max_inputs > self.max_queued_sequences:
@@ -118,6 +159,13 @@ class ServeSettings(BaseModel):
                 f"{self.max_inputs}: the largest request could never be admitted"
             )
         return self
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def variable_of(setting: str) -> str:

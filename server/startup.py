@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from lora_runtime.adapters.sources.api import Origin
 from lora_runtime.adapters.sources.fetch import Fetcher
-from lora_runtime.adapters.sources.scan import Scan, scan_root
-from lora_runtime.errors import MultiloraError
+from lora_runtime.adapters.sources.scan import Found, Scan, scan_root
+from lora_runtime.errors import InvalidRequest, MultiloraError
 from lora_runtime.observers import EngineObserver
-from lora_runtime.types import DEFAULT_ALIAS, AdapterRef
+from lora_runtime.types import DEFAULT_ALIAS, AdapterId, AdapterRef
 from server.backend import Backend, Engine
 from server.control.places import Places
 from server.control.state import Changes, StateStore
+from server.control.surviving import surviving
 from server.settings import MIB, ServeSettings
 
 _EXAMINE_WAIT_S = 5.0  # so that folders that are refused are known when the server says it is up
+
+_MAX_RESOLVES = 16
 
 _log = logging.getLogger(__name__)
 
@@ -72,7 +77,7 @@ def prepare_backend(
     try:
         for observer in observers:
             backend.engine.add_observer(observer)
-        _register(backend.engine, scan, store, places)
+        scan = _register(backend.engine, scan, store, places, fetcher)
         _restore(backend.engine, store)
         _wait_for_examination(backend.engine)
         preload(backend.engine, settings.preload)
@@ -94,32 +99,53 @@ def _scan(root: str) -> Scan:
     return scan
 
 
-def _register(engine: Engine, scan: Scan, store: StateStore, places: Places) -> None:
-    """List the folders of the root, lowest version first, then what clients registered."""
-    listed = [
-        (adapter, engine.register(adapter, Origin(found.url), examine=False))
-        for adapter, found in sorted(scan.found.items())
-    ]
-    listed += [
-        (kept.id, engine.register(kept.id, places.origin(kept), examine=False))
-        for kept in store.registrations()
-        if kept.id not in scan.found
-    ]
+def _register(engine: Engine, scan: Scan, store: StateStore, places: Places, fetcher: Fetcher) -> Scan:
+    """List the folders of the root and what clients registered, lowest version first.
+
+    A folder that came to the root later does not replace what a client registered: a version is immutable. Returns the
+    scan without what could not be reached, which is tried again when it is looked at next.
+    """
+    origins = _pinned(scan, fetcher)
+    scan = Scan({adapter: found for adapter, found in scan.found.items() if adapter in origins}, scan.skipped)
+    for kept in store.registrations():
+        try:
+            origins[kept.id] = places.origin(kept)
+        except InvalidRequest as error:
+            _log.warning("adapter %s is not listed: %s", kept.id, error.description)
+    listed = [(adapter, engine.register(adapter, origin, examine=False)) for adapter, origin in sorted(origins.items())]
     for adapter, future in listed:
         try:
             future.result()
         except MultiloraError as error:
             _log.warning("adapter %s is not listed: %s", adapter, error.message)
+    return scan
+
+
+def _pinned(scan: Scan, fetcher: Fetcher) -> dict[AdapterId, Origin]:
+    """Where the files of what was found are; those of a store are pinned to what they are now."""
+    never = threading.Event()
+
+    def pin(adapter: AdapterId, found: Found) -> Origin | None:
+        try:
+            return fetcher.resolve(found.url, never) if "://" in found.url else Origin(found.url)
+        except MultiloraError as error:
+            _log.warning("adapter %s is not listed: %s", adapter, error.message)
+            return None
+
+    with ThreadPoolExecutor(_MAX_RESOLVES, "resolve-url") as pool:
+        origins = zip(scan.found, pool.map(pin, scan.found.keys(), scan.found.values()), strict=True)
+        return {adapter: origin for adapter, origin in origins if origin is not None}
 
 
 def _restore(engine: Engine, store: StateStore) -> None:
     """Aliases as they were, then pins; and where a bare name leads is kept from now on."""
     kept = store.aliases()
     for alias in kept:
-        try:
-            engine.set_alias(alias).result()
-        except MultiloraError as error:
-            _log.warning("alias %s is not restored: %s", alias, error.message)
+        usable = surviving(alias, engine.catalogue.versions(alias.tenant, alias.adapter))
+        if usable != alias:
+            _log.warning("alias %s leads to a version that is not there; add its folder again, or move it", alias)
+        if usable is not None:
+            engine.set_alias(usable).result()
     known = {(alias.tenant, alias.adapter) for alias in kept if alias.name == DEFAULT_ALIAS}
     aliases = engine.catalogue.aliases()
     new = tuple(a for a in aliases if a.name == DEFAULT_ALIAS and (a.tenant, a.adapter) not in known)

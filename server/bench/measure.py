@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("multilora", "torch", "transformers", "peft", "numpy")
+PACKAGES = ("multilora", "torch", "transformers", "peft", "numpy", "grpcio")
 
 
 class OutputsDiffer(Exception):

@@ -11,7 +11,7 @@ import threading
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
-from lora_runtime.errors import InvalidRequest, MultiloraError
+from lora_runtime.errors import EngineStopped, InvalidRequest, MultiloraError
 from lora_runtime.observers import EngineObserver
 from lora_runtime.types import AdapterId, AdapterInfo, Alias
 
@@ -93,6 +93,7 @@ class EventLog:
         self._latest = 0
         self._waiting: dict[asyncio.AbstractEventLoop, set[asyncio.Future[None]]] = {}
         self._boot = secrets.token_hex(8)
+        self._closed = False
 
     @property
     def latest(self) -> int:
@@ -110,13 +111,22 @@ class EventLog:
         with self._mutex:
             sequence = self._latest = self._latest + 1
             self._ring[sequence % self._capacity] = event
+        self._wake_all()
+        return sequence
+
+    def close(self) -> None:
+        """Nothing that a reader would wait for comes any more."""
+        self._closed = True
+        self._wake_all()
+
+    def _wake_all(self) -> None:
+        with self._mutex:
             waiting, self._waiting = self._waiting, {}
         for loop, futures in waiting.items():
             try:
                 loop.call_soon_threadsafe(_wake, futures)
             except RuntimeError:  # the loop is closed, and its followers with it
                 continue
-        return sequence
 
     def token_of(self, sequence: int) -> str:
         """An opaque text from which `after` gets back to the place behind this event."""
@@ -134,10 +144,13 @@ class EventLog:
     async def follow(self, sequence: int, tenant: str | None) -> AsyncGenerator[tuple[int, Event]]:
         """Events after `sequence` with their numbers, in order, those to come too; of one tenant, or of all.
 
-        Raises WatchTooSlow when the next event is not in the ring any more.
+        Raises WatchTooSlow when the next event is not in the ring any more, EngineStopped after the last of a closed
+        log.
         """
         while True:
             event = self._read(sequence + 1)
+            if event is None and self._closed:
+                raise EngineStopped("the server is stopping; watch another replica, or this one when it is back")
             if event is None:
                 await self._wait(sequence + 1)
                 continue
@@ -159,7 +172,7 @@ class EventLog:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
         with self._mutex:
-            if sequence <= self._latest:  # it came between the read and here
+            if sequence <= self._latest or self._closed:  # it came between the read and here
                 return
             self._waiting.setdefault(loop, set()).add(future)
         try:

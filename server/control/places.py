@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
+from urllib.parse import unquote
 
 from lora_runtime.adapters.sources.api import Origin
 from lora_runtime.errors import InvalidRequest
@@ -18,13 +19,16 @@ class Places:
 
     def __init__(self, root: str, allowed_urls: tuple[str, ...], state: Path | None) -> None:
         self._root = None if "://" in root else Path(root).resolve()
+        self._root_as_given = Path(root).absolute()  # how a scan names its folders
         self._allowed_urls = allowed_urls
         self._state = state
 
     def check_url(self, url: str) -> None:
         """Raise InvalidRequest on field `source` unless the operator allows the URL."""
         inside = any(url == prefix or url.startswith(prefix.rstrip("/") + "/") for prefix in self._allowed_urls)
-        if not inside or ".." in PurePosixPath(url).parts:
+        # as clients of stores read it: they resolve %2e%2e, take a backslash for a slash, and chain URLs by "::"
+        plain = unquote(url).replace("\\", "/")
+        if not inside or ".." in PurePosixPath(plain).parts or "::" in plain or not plain.isprintable():
             allowed = ", ".join(self._allowed_urls) or "none"
             raise InvalidRequest(
                 "source",
@@ -65,11 +69,15 @@ class Places:
         return Registration(adapter, url, origin.revision, uploaded=False)
 
     def origin(self, kept: Registration) -> Origin:
-        """Where the files of a registration that was kept are now."""
+        """Where the files of a registration that was kept are now; raises InvalidRequest where that cannot be said."""
         if kept.uploaded:
             return Origin(str(self.stored(kept.id)))
-        if "://" in kept.url or self._root is None:
+        if "://" in kept.url:
             return Origin(kept.url, kept.revision)
+        if self._root is None:
+            raise InvalidRequest(
+                "source", f"{kept.url!r} is a folder of an adapter root that this server does not have"
+            )
         return Origin(str(self._root / kept.url))
 
     def stored(self, adapter: AdapterId) -> Path:
@@ -77,13 +85,19 @@ class Places:
         assert self._state is not None, "uploads need a state directory"
         return stored_folder(self._state, adapter)
 
+    def is_upload(self, info: AdapterInfo) -> bool:
+        """Whether the server keeps an adapter's files itself."""
+        return self._state is not None and Path(info.source) == self.stored(info.id)
+
     def shown(self, info: AdapterInfo) -> str:
         """An adapter's source, as clients may see it."""
         if "://" in info.source or info.id.is_base:
             return str(Origin(info.source, info.revision))
         path = Path(info.source)
-        if self._state is not None and path.is_relative_to(self._state / "adapters"):
+        if self.is_upload(info):
             return UPLOAD
-        if self._root is not None and path.is_relative_to(self._root):
-            return path.relative_to(self._root).as_posix()
+        path = path.absolute()
+        for root in (self._root, self._root_as_given):
+            if root is not None and path.is_relative_to(root):
+                return path.relative_to(root).as_posix()
         return path.name

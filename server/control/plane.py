@@ -12,6 +12,7 @@ import hashlib
 import logging
 import threading
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -24,9 +25,11 @@ from server.backend import BackendSlot, Engine, Fetching, completion
 from server.control.locks import KeyedLocks
 from server.control.places import Places
 from server.control.state import Changes, Reply, StateStore
+from server.control.surviving import surviving
 from server.control.uploads import Upload, UploadReceiver
 
 _MAX_REQUEST_ID = 128
+_MAX_RESOLVES = 8
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -75,6 +78,8 @@ class ControlPlane:
         self._locks = KeyedLocks()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stopping = threading.Event()
+        # of their own: a store that does not answer must not keep the threads that write the state
+        self._resolvers = ThreadPoolExecutor(_MAX_RESOLVES, "resolve-url")
 
     @property
     def engine(self) -> Engine:
@@ -120,6 +125,10 @@ class ControlPlane:
             changes = Changes(put_registration=self.places.registration(adapter, origin))
             return await self._keep_registered(info, changes, reply(info), once)
 
+    def check_new(self, tenant: str, name: str, version: int | None) -> None:
+        """Refuse before the first byte what could not be registered after the last; raises AdapterAlreadyExists."""
+        self.engine.catalogue.check_free(self._version(tenant, name, version))
+
     async def register_upload(
         self,
         tenant: str,
@@ -147,7 +156,13 @@ class ControlPlane:
     async def resolve_url(self, url: str) -> Origin:
         """Pin a URL that the operator allows."""
         self.places.check_url(url)
-        return await asyncio.to_thread(self._fetcher.resolve, url, self._stopping)
+        return await self._pinned(url)
+
+    async def _pinned(self, url: str) -> Origin:
+        if "://" not in url:
+            return Origin(url)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._resolvers, self._fetcher.resolve, url, self._stopping)
 
     async def pin(self, adapter: AdapterId, pinned: bool, reply: Callable[[AdapterInfo], ReplyT], once: Once) -> ReplyT:
         """Load and keep, or let go."""
@@ -165,22 +180,17 @@ class ControlPlane:
     async def set_alias(self, wanted: Alias, reply: Callable[[Alias], ReplyT], once: Once) -> ReplyT:
         """Load what the alias is to lead to, then move it."""
         async with self._locks.hold((wanted.tenant, wanted.adapter)):
-            alias = self.engine.catalogue.moved_alias(wanted)
-            for version in alias.versions:
-                await completion(self.engine.load(AdapterId(alias.tenant, alias.adapter, version)))
-            message = reply(alias)
-            await self._commit(once.committed(Changes(put_aliases=(alias,)), message))
-            await completion(self.engine.set_alias(alias))
-            return message
+            return await self._move(wanted, reply, once)
 
     async def roll_back(
         self, tenant: str, name: str, alias_name: str, reply: Callable[[Alias], ReplyT], once: Once
     ) -> ReplyT:
         """Lead an alias back to where it was before its last move."""
-        alias = self.engine.catalogue.alias(tenant, name, alias_name)
-        if alias.previous_version is None:
-            raise NoPreviousVersion(str(alias))
-        return await self.set_alias(Alias(tenant, name, alias_name, alias.previous_version), reply, once)
+        async with self._locks.hold((tenant, name)):
+            alias = self.engine.catalogue.alias(tenant, name, alias_name)
+            if alias.previous_version is None:
+                raise NoPreviousVersion(str(alias))
+            return await self._move(Alias(tenant, name, alias_name, alias.previous_version), reply, once)
 
     async def delete_alias(self, tenant: str, name: str, alias_name: str, reply: ReplyT, once: Once) -> ReplyT:
         async with self._locks.hold((tenant, name)):
@@ -192,39 +202,79 @@ class ControlPlane:
             return reply
 
     async def delete(self, adapter: AdapterId, reply: Callable[[Deleted], ReplyT], once: Once) -> ReplyT:
-        """Forget a version, then free what it holds; how much that was is answered, not kept."""
+        """Forget a version, then free what it holds."""
         async with self._locks.hold((adapter.tenant, adapter.name)):
             engine = self.engine
             info = engine.catalogue.get(adapter)
             engine.catalogue.check_removable(adapter)
             if info.pinned:
                 raise AdapterInUse(str(adapter), "is pinned; unpin it first")
-            estimate = reply(Deleted(Unloaded(info, info.resident_bytes, info.host_bytes), 0))
-            await self._commit(once.committed(Changes(delete_adapter=adapter), estimate))
-            unloaded = await completion(engine.delete(adapter, force=True))
-            return reply(Deleted(unloaded, await asyncio.to_thread(self._free_disk, info)))
+            disk_bytes = await asyncio.to_thread(self._disk_bytes, info)
+            message = reply(Deleted(Unloaded(info, info.resident_bytes, info.host_bytes), disk_bytes))
+            default = next((alias for alias in self._default_of(adapter) if adapter.version in alias.versions), None)
+            await self._commit(once.committed(Changes(delete_adapter=adapter, delete_alias=default), message))
+            await completion(engine.delete(adapter, force=True))
+            await asyncio.to_thread(self._free_disk, info)
+            return message
 
     async def forget(self, adapter: AdapterId) -> None:
-        """A folder is gone from the root: so is its version, and every alias that led to it alone."""
+        """A folder is gone from the root: so is its version, and every alias that led to it alone.
+
+        The state keeps them for the day the folder comes back.
+        """
         async with self._locks.hold((adapter.tenant, adapter.name)):
+            catalogue = self.engine.catalogue
+            left = [
+                version for version in catalogue.versions(adapter.tenant, adapter.name) if version != adapter.version
+            ]
+            for alias in catalogue.aliases(adapter.tenant, adapter.name):
+                kept = surviving(alias, left)
+                if kept is not None and kept != alias:
+                    await completion(self.engine.set_alias(kept))
             await completion(self.engine.delete(adapter, force=True))
 
-    async def discover(self, adapter: AdapterId, origin: Origin) -> None:
-        """A folder has come to the root."""
+    async def discover(self, adapter: AdapterId, url: str) -> None:
+        """A folder has come to the root, or has come back."""
+        origin = await self._pinned(url)
         async with self._locks.hold((adapter.tenant, adapter.name)):
-            is_first = not self.engine.catalogue.versions(adapter.tenant, adapter.name)
-            await completion(self.engine.register(adapter, origin, keep_failed=True))
-            if is_first:
-                await self._commit(Changes(put_aliases=tuple(self._default_of(adapter))))
+            try:
+                await completion(self.engine.register(adapter, origin, keep_failed=True))
+            finally:  # one that is refused is listed all the same
+                await self._restore(adapter)
 
     async def close(self) -> None:
         """Wait for changes that have begun, and for nothing new."""
         self._stopping.set()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=5)
+        self._resolvers.shutdown(wait=False, cancel_futures=True)
+
+    async def _move(self, wanted: Alias, reply: Callable[[Alias], ReplyT], once: Once) -> ReplyT:
+        alias = self.engine.catalogue.moved_alias(wanted)
+        for version in alias.versions:
+            await completion(self.engine.load(AdapterId(alias.tenant, alias.adapter, version)))
+        message = reply(alias)
+        await self._commit(once.committed(Changes(put_aliases=(alias,)), message))
+        await completion(self.engine.set_alias(alias))
+        return message
+
+    async def _restore(self, adapter: AdapterId) -> None:
+        """Aliases and the pin that are kept of an adapter; where its bare name leads is kept from now on."""
+        aliases, pins = await asyncio.to_thread(lambda: (self._store.aliases(), self._store.pins()))
+        kept = [alias for alias in aliases if (alias.tenant, alias.adapter) == (adapter.tenant, adapter.name)]
+        versions = self.engine.catalogue.versions(adapter.tenant, adapter.name)
+        for alias in kept:
+            usable = surviving(alias, versions)
+            if usable is not None and usable not in self.engine.catalogue.aliases(adapter.tenant, adapter.name):
+                await completion(self.engine.set_alias(usable))
+        if not any(alias.name == DEFAULT_ALIAS for alias in kept):
+            await self._commit(Changes(put_aliases=tuple(self._default_of(adapter))))
+        if adapter in pins:
+            self.engine.pin(adapter)  # how that went is in its state
 
     async def _keep_registered(self, info: AdapterInfo, changes: Changes, reply: ReplyT, once: Once) -> ReplyT:
-        changes = replace(changes, put_aliases=tuple(self._default_of(info.id)))
+        if self.engine.catalogue.versions(info.id.tenant, info.id.name) == [info.id.version]:
+            changes = replace(changes, put_aliases=tuple(self._default_of(info.id)))
         try:
             await self._commit(once.committed(changes, reply))
         except BaseException:
@@ -240,10 +290,19 @@ class ControlPlane:
         versions = self.engine.catalogue.versions(tenant, name)
         return AdapterId(tenant, name, max(versions, default=0) + 1 if version is None else version)
 
-    def _free_disk(self, info: AdapterInfo) -> int:
-        if self.uploads is not None and self.places.shown(info) == "upload":
-            return self.uploads.remove_stored(self.places.stored(info.id))
-        return self._fetcher.evict(Origin(info.source, info.revision))
+    def _disk_bytes(self, info: AdapterInfo) -> int:
+        if self.uploads is not None and self.places.is_upload(info):
+            return self.uploads.stored_bytes(self.places.stored(info.id))
+        return self._fetcher.cached_bytes(Origin(info.source, info.revision))
+
+    def _free_disk(self, info: AdapterInfo) -> None:
+        try:
+            if self.uploads is not None and self.places.is_upload(info):
+                self.uploads.remove_stored(self.places.stored(info.id))
+            else:
+                self._fetcher.evict(Origin(info.source, info.revision))
+        except (MultiloraError, OSError) as error:  # the version is gone for good, whatever becomes of its files
+            _log.warning("the files of the deleted %s stay until the server restarts: %s", info.id, error)
 
     async def _commit(self, changes: Changes) -> None:
         await asyncio.to_thread(self._store.commit, changes)

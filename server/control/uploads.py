@@ -65,16 +65,21 @@ class UploadReceiver:
         """Remove what uploads and removals left when the server was killed. Only at start, before the first upload."""
         shutil.rmtree(self._incoming, ignore_errors=True)
 
+    def stored_bytes(self, path: Path) -> int:
+        """Bytes that the files of an uploaded version have. Raises StateUnavailable."""
+        assert path.is_relative_to(self._stored), path
+        with _writing():
+            return sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())
+
     def remove_stored(self, path: Path) -> int:
         """Remove the files of an uploaded version; the bytes that became free, 0 when there was nothing.
 
         Raises StateUnavailable.
         """
-        assert path.is_relative_to(self._stored), path
         if not path.is_dir():
             return 0
+        num_bytes = self.stored_bytes(path)
         with _writing():
-            num_bytes = sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())
             doomed = path.rename(self._new_path())  # at once, so that no half of it is ever loaded
             sync_folder(path.parent)
         shutil.rmtree(doomed, ignore_errors=True)

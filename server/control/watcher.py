@@ -6,11 +6,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 
-from lora_runtime.adapters.sources.api import Origin
 from lora_runtime.adapters.sources.scan import Found, Scan, scan_root
-from lora_runtime.errors import MultiloraError
-from lora_runtime.types import AdapterId, AdapterState
+from lora_runtime.errors import MultiloraError, SourceUnavailable
+from lora_runtime.types import AdapterId, AdapterInfo, AdapterState
 from server.backend import completion
 from server.control.plane import ControlPlane
 
@@ -51,36 +51,49 @@ class RootWatcher:
                 _log.warning("folder %s is skipped: %s", name, reason)
         self._skipped = dict(scan.skipped)
         for adapter in self._known.keys() - scan.found.keys():
-            await self._forget(adapter)
+            await self._forget(adapter, self._known.pop(adapter))
         changed = {adapter: found for adapter, found in scan.found.items() if self._known.get(adapter) != found}
         for adapter, found in changed.items():
             if self._arriving.get(adapter) == found:
                 await self._take(adapter, found)
         self._arriving = changed
 
-    async def _forget(self, adapter: AdapterId) -> None:
-        del self._known[adapter]
+    async def _forget(self, adapter: AdapterId, found: Found) -> None:
+        info = self._plane.engine.catalogue.find(adapter)
+        if info is None or not _is_from(info, found):  # a client deleted it, or registered other files as that version
+            return
         try:
             await self._plane.forget(adapter)
             _log.info("adapter %s is gone from the root", adapter)
-        except MultiloraError as error:  # a client deleted it before
-            _log.debug("%s: %s", adapter, error)
+        except MultiloraError as error:
+            _log.warning("adapter %s is gone from the root: %s", adapter, error.message)
 
     async def _take(self, adapter: AdapterId, found: Found) -> None:
         """Register a new folder, or read one again whose files changed before it was ever loaded."""
-        is_new = adapter not in self._known
         self._known[adapter] = found
         try:
             info = self._plane.engine.catalogue.find(adapter)
-            if info is not None and is_new:
+            if info is not None and not _is_from(info, found):
                 _log.warning("folder %s is not registered: that version is taken", found.url)
                 return
             if info is not None and info.digest is not None and info.state is not AdapterState.FAILED:
                 _log.warning("the files of adapter %s changed; a version is immutable, add another", adapter)
                 return
-            if info is None:
-                await self._plane.discover(adapter, Origin(found.url))
-            else:
+            if info is not None and "://" not in found.url:
                 await completion(self._plane.engine.examine(adapter))
+                return
+            if info is not None:  # pinned to what its files were
+                await self._plane.forget(adapter)
+            await self._plane.discover(adapter, found.url)
+        except SourceUnavailable as error:  # it is not registered, so the next look takes it for new
+            del self._known[adapter]
+            _log.warning("adapter %s is tried again: %s", adapter, error.message)
         except MultiloraError as error:
             _log.warning("adapter %s is refused: %s", adapter, error.message)
+
+
+def _is_from(info: AdapterInfo, found: Found) -> bool:
+    """Whether an adapter's files are those of a folder of the root, however its path is written."""
+    if info.path is None or "://" in found.url:
+        return info.source == found.url
+    return info.path.resolve() == Path(found.url).resolve()

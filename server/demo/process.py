@@ -25,7 +25,7 @@ class ServerProcess:
         self.port, self.metrics_port = _free_port(port or 0), _free_port()
         self.log = adapters.parent / "server.log"
         self._command = [
-            sys.executable, "-c", "from server.cli import app; app()", "serve", "--base", base,
+            sys.executable, "-c", "from server.cli import app; app()", "serve", "--auth", "none", "--base", base,
             "--adapters", str(adapters), "--port", str(self.port), "--metrics-port", str(self.metrics_port),
             "--threads", str(threads),
         ]  # fmt: skip

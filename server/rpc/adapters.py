@@ -12,23 +12,30 @@ from lora_runtime.errors import InvalidRequest
 from lora_runtime.types import (
     BASE_NAME,
     DEFAULT_ALIAS,
-    DEFAULT_TENANT,
     AdapterId,
     AdapterInfo,
-    AdapterRef,
     Alias,
     check_alias_name,
-    check_name,
 )
 from server.backend import completion
 from server.control.events import EventLog
 from server.control.plane import ControlPlane, Deleted, Once
 from server.pb.multilora.v1 import adapters_pb2 as pb
 from server.pb.multilora.v1 import adapters_pb2_grpc
+from server.rpc.caller import (
+    check_own,
+    parse_adapter,
+    parse_reference,
+    require,
+    resolve,
+    resolve_own,
+    tenant_filter,
+)
 from server.rpc.context import Context
 from server.rpc.listing import list_page
 from server.rpc.messages import adapter_message, alias_message, change_message
 from server.rpc.uploading import receive_upload
+from server.tenancy.model import Role
 
 _MAX_VERSION = 999_999_999  # nine digits, what a reference can spell
 _SNAPSHOT_PAGE = 200
@@ -46,6 +53,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: pb.RegisterAdapterRequest, context: Context
     ) -> pb.RegisterAdapterResponse:
         del context
+        require(Role.ADAPTERS)
         tenant, name, version = named_version(request, "")
 
         async def change(once: Once) -> pb.RegisterAdapterResponse:
@@ -61,10 +69,12 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request_iterator: AsyncIterator[pb.UploadAdapterRequest], context: Context
     ) -> pb.UploadAdapterResponse:
         del context
+        require(Role.ADAPTERS)
         async with receive_upload(request_iterator, self._plane.uploads, self._uploads) as (header, received):
             tenant, name, version = named_version(header, "header.")
 
             async def change(once: Once) -> pb.UploadAdapterResponse:
+                self._plane.check_new(tenant, name, version)
                 upload = await received()
                 return await self._plane.register_upload(tenant, name, version, upload, self._uploaded, once)
 
@@ -76,6 +86,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: pb.GetAdapterRequest, context: Context
     ) -> pb.GetAdapterResponse:
         del context
+        require(Role.INFER, Role.ADAPTERS)
         info = resolve(self._catalogue, request.adapter)
         aliases = self._catalogue.aliases(info.id.tenant, info.id.name)
         return pb.GetAdapterResponse(adapter=self._message(info), aliases=map(alias_message, aliases))
@@ -84,14 +95,16 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: pb.ListAdaptersRequest, context: Context
     ) -> pb.ListAdaptersResponse:
         del context
-        page, token = list_page(self._catalogue, request)
+        require(Role.INFER, Role.ADAPTERS)
+        page, token = list_page(self._catalogue, request, tenant_filter(request.tenant))
         return pb.ListAdaptersResponse(adapters=map(self._message, page), next_page_token=token)
 
     async def LoadAdapter(  # noqa: N802
         self, request: pb.LoadAdapterRequest, context: Context
     ) -> pb.LoadAdapterResponse:
         del context
-        info = resolve(self._catalogue, request.adapter)
+        require(Role.ADAPTERS)
+        info = resolve_own(self._catalogue, request.adapter)
         # a failure that nobody waits for is kept in the adapter's state, where GetAdapter shows it
         loading = self._plane.engine.load(info.id)
         info = await completion(loading) if request.wait else self._catalogue.get(info.id)
@@ -101,7 +114,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: pb.UnloadAdapterRequest, context: Context
     ) -> pb.UnloadAdapterResponse:
         del context
-        info = resolve(self._catalogue, request.adapter)
+        require(Role.ADAPTERS)
+        info = resolve_own(self._catalogue, request.adapter)
         unloaded = await completion(self._plane.engine.unload(info.id))
         return pb.UnloadAdapterResponse(
             adapter=self._message(unloaded.info),
@@ -113,19 +127,22 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: pb.PinAdapterRequest, context: Context
     ) -> pb.PinAdapterResponse:
         del context
-        adapter = resolve(self._catalogue, request.adapter).id
+        require(Role.ADAPTERS)
+        ref = parse_reference(request.adapter)
+        check_own(ref.tenant, str(ref))
+        tenant = ref.tenant
 
         async def change(once: Once) -> pb.PinAdapterResponse:
+            adapter = resolve_own(self._catalogue, request.adapter).id
             return await self._plane.pin(
                 adapter, request.pinned, lambda info: pb.PinAdapterResponse(adapter=self._message(info)), once
             )
 
-        return await self._plane.once(
-            adapter.tenant, "PinAdapter", request, request.request_id, pb.PinAdapterResponse, change
-        )
+        return await self._plane.once(tenant, "PinAdapter", request, request.request_id, pb.PinAdapterResponse, change)
 
     async def SetAlias(self, request: pb.SetAliasRequest, context: Context) -> pb.SetAliasResponse:  # noqa: N802
         del context
+        require(Role.ADAPTERS)
         tenant, name = parse_adapter("adapter", request.adapter)
         if request.alias != DEFAULT_ALIAS:
             check_alias_name("alias", request.alias)
@@ -147,7 +164,9 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: pb.DeleteAliasRequest, context: Context
     ) -> pb.DeleteAliasResponse:
         del context
+        require(Role.ADAPTERS)
         tenant, name = parse_adapter("adapter", request.adapter)
+        check_alias_name("alias", request.alias)
 
         async def change(once: Once) -> pb.DeleteAliasResponse:
             return await self._plane.delete_alias(tenant, name, request.alias, pb.DeleteAliasResponse(), once)
@@ -160,11 +179,13 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: pb.DeleteAdapterRequest, context: Context
     ) -> pb.DeleteAdapterResponse:
         del context
+        require(Role.ADAPTERS)
         ref = parse_reference(request.adapter)
         if ref.version is None:
             raise InvalidRequest("adapter", f"{ref} names no version; say which one is to be deleted")
         if ref.name == BASE_NAME:
             raise InvalidRequest("adapter", "the base model cannot be deleted")
+        check_own(ref.tenant, str(ref))
         adapter = AdapterId(ref.tenant, ref.name, ref.version)
 
         async def change(once: Once) -> pb.DeleteAdapterResponse:
@@ -178,6 +199,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: pb.WatchAdaptersRequest, context: Context
     ) -> AsyncIterator[pb.WatchAdaptersResponse]:
         del context
+        require(Role.INFER, Role.ADAPTERS)
         tenant = tenant_filter(request.tenant)
         catalogue = self._catalogue
         after = self._events.after(request.resume_token) if request.resume_token else None
@@ -214,42 +236,6 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         return pb.UploadAdapterResponse(adapter=self._message(info))
 
 
-def resolve(catalogue: Catalogue, reference: str, routing_key: str = "") -> AdapterInfo:
-    """The adapter a request names; raises InvalidRequest on field `adapter`, AdapterNotFound, AliasNotFound."""
-    return catalogue.resolve(parse_reference(reference), routing_key)
-
-
-def parse_reference(reference: str) -> AdapterRef:
-    """Raises InvalidRequest on field `adapter`."""
-    if not reference:
-        raise InvalidRequest("adapter", "is empty; name the adapter")
-    return AdapterRef.parse(reference)
-
-
-def parse_adapter(field: str, text: str) -> tuple[str, str]:
-    """Tenant and name of an adapter, without a version; raises InvalidRequest on `field`."""
-    if not text:
-        raise InvalidRequest(field, "is empty; name the adapter")
-    try:
-        ref = AdapterRef.parse(text)
-    except InvalidRequest as error:
-        raise InvalidRequest(field, error.description) from error
-    if ref.version is not None or ref.alias != DEFAULT_ALIAS or "@" in text:
-        raise InvalidRequest(field, f"{text[:140]!r} names a version or an alias; give the adapter's name alone")
-    if ref.name == BASE_NAME:
-        raise InvalidRequest(field, f"{BASE_NAME!r} is reserved for the base model")
-    return ref.tenant, ref.name
-
-
-def tenant_filter(tenant: str) -> str | None:
-    """The tenant that a listing is about, None for all; raises InvalidRequest on field `tenant`."""
-    if tenant == "-":
-        return None
-    if tenant:
-        check_name("tenant", tenant)
-    return tenant or DEFAULT_TENANT
-
-
 def named_version(request: pb.RegisterAdapterRequest | pb.UploadHeader, prefix: str) -> tuple[str, str, int | None]:
     """Tenant, name and version of what is to be registered; raises InvalidRequest on a field below `prefix`."""
     tenant, name = parse_adapter(f"{prefix}name", request.name)
@@ -265,6 +251,8 @@ def _wanted_alias(request: pb.SetAliasRequest, tenant: str, name: str) -> Alias:
         raise InvalidRequest("version", f"{request.version} is not between 1 and {_MAX_VERSION}")
     if request.canary_percent and not request.canary_version:
         raise InvalidRequest("canary_version", "is not given, but a percentage for it is")
+    if not 0 <= request.canary_version <= _MAX_VERSION:
+        raise InvalidRequest("canary_version", f"{request.canary_version} is not between 1 and {_MAX_VERSION}")
     canary = request.canary_version or None
     return Alias(tenant, name, request.alias, request.version, canary, request.canary_percent if canary else 0.0)
 

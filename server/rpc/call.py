@@ -28,6 +28,7 @@ class CallRequest(Protocol):
 
     adapter: str
     routing_key: str
+    priority: int
 
     @property
     def inputs(self) -> Sequence[Message]: ...

@@ -9,11 +9,15 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 from lora_runtime import errors
+from server.admission import DeadlineUnreachable
 from server.backend import ServerStarting
 from server.control.events import WatchTooSlow
 from server.control.state import StateUnavailable
 from server.control.uploads import UploadTooLarge
+from server.rpc.caller import PermissionDenied
 from server.rpc.uploading import UploadsDisabled, UploadStalled
+from server.tenancy.authenticate import Unauthenticated
+from server.tenancy.quota import QuotaExceeded
 
 DOMAIN = "multilora"
 STATUS_DETAILS_KEY = "grpc-status-details-bin"
@@ -41,6 +45,10 @@ CODES: dict[type[errors.MultiloraError], grpc.StatusCode] = {
     errors.RequestCancelled: grpc.StatusCode.CANCELLED,
     errors.EngineStopped: grpc.StatusCode.UNAVAILABLE,
     ServerStarting: grpc.StatusCode.UNAVAILABLE,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
+    QuotaExceeded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    DeadlineUnreachable: grpc.StatusCode.RESOURCE_EXHAUSTED,
     StateUnavailable: grpc.StatusCode.UNAVAILABLE,
     UploadTooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,
     UploadsDisabled: grpc.StatusCode.FAILED_PRECONDITION,
@@ -71,6 +79,11 @@ def to_status(error: errors.MultiloraError) -> RpcStatus:
             field=_clip(error.field), description=_clip(error.description)
         )
         details.append(_pack(error_details_pb2.BadRequest(field_violations=[violation])))
+    if isinstance(error, QuotaExceeded):
+        quota = error_details_pb2.QuotaFailure.Violation(
+            subject=f"tenants/{error.subject}", description=f"{error.quota} = {error.limit:.15g}"
+        )
+        details.append(_pack(error_details_pb2.QuotaFailure(violations=[quota])))
     if error.retry_after_s is not None:
         delay = duration_pb2.Duration()
         delay.FromMilliseconds(round(error.retry_after_s * 1000))
@@ -97,7 +110,10 @@ def _status(code: grpc.StatusCode, message: str, details: list[any_pb2.Any]) -> 
 
 
 def _pack(
-    message: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest | error_details_pb2.RetryInfo,
+    message: error_details_pb2.ErrorInfo
+    | error_details_pb2.BadRequest
+    | error_details_pb2.RetryInfo
+    | error_details_pb2.QuotaFailure,
 ) -> any_pb2.Any:
     packed = any_pb2.Any()
     packed.Pack(message)

@@ -18,18 +18,21 @@ from server.admission import Admission, Permits
 from server.backend import BackendSlot, Engine, completion
 from server.metrics import ServerMetrics
 from server.pb.multilora.v1 import common_pb2, inference_pb2, inference_pb2_grpc
-from server.rpc.adapters import resolve
 from server.rpc.answer_question import ANSWER_QUESTION
 from server.rpc.call import Call, CallRequest, Prepared, ReplyT, RequestT
+from server.rpc.caller import require, resolve
 from server.rpc.classify import CLASSIFY
 from server.rpc.classify_tokens import CLASSIFY_TOKENS
 from server.rpc.context import Context, remaining_seconds
 from server.rpc.embed import EMBED
+from server.tenancy.limits import TenantLimits, estimate_tokens
+from server.tenancy.model import Role
 from server.tokenize import TokenizerPool
 
 T = TypeVar("T")
 
 _MAX_ROUTING_KEY = 256
+MAX_PRIORITY = 3
 
 
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
@@ -39,6 +42,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self,
         slot: BackendSlot,
         admission: Admission,
+        limits: TenantLimits,
         tokenizers: TokenizerPool,
         metrics: ServerMetrics,
         *,
@@ -47,6 +51,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     ) -> None:
         self._slot = slot
         self._admission = admission
+        self._limits = limits
         self._tokenizers = tokenizers
         self._metrics = metrics
         self._max_inputs = max_inputs
@@ -76,20 +81,27 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         """Answer a request of any task; permits are held from here until the reply is complete."""
         arrived = time.perf_counter()
         backend = self._slot.get()
-        _check_routing_key(request.routing_key)
+        tenant = require(Role.INFER).tenant
+        _check_routing(request)
         info = resolve(backend.engine.catalogue, request.adapter, request.routing_key)
         self._check_inputs(request)
         call.check(request)
         if info.card is not None:
             info.card_for(call.task)  # refused before anything is spent on it
-        with self._admission.permits(len(request.inputs)) as permits:
+        with (
+            self._limits.admit(tenant, len(request.inputs), _estimated_tokens(request)) as charge,
+            self._admission.permits(len(request.inputs), remaining_seconds(context)) as permits,
+        ):
             info = await _fetched(backend.engine, info)
             card = info.card_for(call.task)
             prepared, tokenize_s = await self._in_pool(
                 "tokenize", lambda: call.prepare(request, backend.encoder_for(info), card)
             )
+            charge.settle_tokens(sum(sequence.num_tokens for sequence in prepared.sequences))
             self._admit_windows(permits, len(prepared.sequences))
-            result = await _answer(backend.engine, _engine_request(call.task, info, prepared, context))
+            charge.grow_to(len(prepared.sequences))
+            work = _engine_request(call.task, info, prepared, context, tenant=tenant, priority=request.priority)
+            result = await _answer(backend.engine, work)
             reply, interpret_s = await self._in_pool("interpret", lambda: prepared.interpret(result))
         reply.adapter = result.adapter.resource_name
         reply.version = result.adapter.version
@@ -136,9 +148,16 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         return done, seconds
 
 
-def _check_routing_key(key: str) -> None:
-    if len(key) > _MAX_ROUTING_KEY:
-        raise InvalidRequest("routing_key", f"has {len(key)} characters, the limit is {_MAX_ROUTING_KEY}")
+def _check_routing(request: CallRequest) -> None:
+    if len(request.routing_key) > _MAX_ROUTING_KEY:
+        length = len(request.routing_key)
+        raise InvalidRequest("routing_key", f"has {length} characters, the limit is {_MAX_ROUTING_KEY}")
+    if not 0 <= request.priority <= MAX_PRIORITY:
+        raise InvalidRequest("priority", f"{request.priority} is not between 0 and {MAX_PRIORITY}")
+
+
+def _estimated_tokens(request: CallRequest) -> int:
+    return sum(estimate_tokens(item.ByteSize()) for item in request.inputs)
 
 
 async def _fetched(engine: Engine, info: AdapterInfo) -> AdapterInfo:
@@ -163,7 +182,9 @@ async def _answer(engine: Engine, work: Request) -> Result:
         raise
 
 
-def _engine_request(task: Task, info: AdapterInfo, prepared: Prepared[ReplyT], context: Context) -> Request:
+def _engine_request(
+    task: Task, info: AdapterInfo, prepared: Prepared[ReplyT], context: Context, *, tenant: str, priority: int
+) -> Request:
     remaining_s = remaining_seconds(context)
     return Request(
         request_id=uuid.uuid4().hex,
@@ -173,6 +194,8 @@ def _engine_request(task: Task, info: AdapterInfo, prepared: Prepared[ReplyT], c
         deadline_monotonic=None if remaining_s is None else time.monotonic() + remaining_s,
         pooling=prepared.pooling,
         input_of=prepared.input_of,
+        tenant=tenant,
+        priority=priority,
     )
 
 

@@ -7,7 +7,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, NoReturn, TypeAlias, cast
 
@@ -17,12 +17,18 @@ from grpc import aio
 
 from lora_runtime.errors import InvalidRequest, MultiloraError
 from server.metrics import ServerMetrics
+from server.rpc.caller import CallInfo, current_call
 from server.rpc.context import Context, remaining_seconds
 from server.rpc.errors import STATUS_DETAILS_KEY, RpcStatus, internal_status, to_status
+from server.tenancy.audit import AuditLog
+from server.tenancy.authenticate import Unauthenticated
+from server.tenancy.gate import Gate
 
 REQUEST_ID_KEY = "x-request-id"
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _OURS = "/multilora."
+_CONTROL = "multilora.v1.AdapterService/"
+_DENIALS = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 
 _log = logging.getLogger(__name__)
 
@@ -33,10 +39,14 @@ Parse: TypeAlias = Callable[[bytes], Any]
 
 
 class RpcInterceptor(aio.ServerInterceptor):
-    """Wraps the methods of our own services; health and reflection pass untouched."""
+    """Wraps the methods of our own services. Others (health, reflection) pass untouched, or only with a credential."""
 
-    def __init__(self, metrics: ServerMetrics) -> None:
+    def __init__(self, metrics: ServerMetrics, gate: Gate, audit: AuditLog, closed: Collection[str] = ()) -> None:
+        """`closed` are prefixes of foreign methods that need a credential, such as `/grpc.reflection`."""
         self._metrics = metrics
+        self._gate = gate
+        self._audit = audit
+        self._closed = tuple(closed)
 
     async def intercept_service(
         self,
@@ -46,9 +56,13 @@ class RpcInterceptor(aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         method: str = handler_call_details.method
         # None: a method that no service has; grpc answers UNIMPLEMENTED
-        if handler is None or not method.startswith(_OURS):
-            return handler
-        return self._wrapped(handler, method.removeprefix("/"))
+        if handler is None:
+            return None
+        if method.startswith(_OURS):
+            return self._wrapped(handler, method.removeprefix("/"))
+        if method.startswith(self._closed) and not await self._may_enter(handler_call_details):
+            return _DENIED
+        return handler
 
     def _wrapped(self, handler: Handler, method: str) -> Handler:
         """Requests are parsed by us: what cannot be parsed is an error with a reason, counted as any other."""
@@ -83,14 +97,20 @@ class RpcInterceptor(aio.ServerInterceptor):
     async def _call(self, method: str, context: Context) -> AsyncGenerator[None]:
         """One RPC from its arrival to its end: its id, its status, its count."""
         started = time.perf_counter()
-        code = grpc.StatusCode.UNKNOWN
+        code, reason = grpc.StatusCode.UNKNOWN, ""
         request_id = _request_id(context)
         context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
+        info: CallInfo | None = None
         try:
+            principal = await self._gate.authenticate(
+                tuple(context.invocation_metadata() or ()), context.auth_context()
+            )
+            info = CallInfo(principal, self._gate.policy)
+            current_call.set(info)
             yield
             code = grpc.StatusCode.OK
         except MultiloraError as error:
-            status = to_status(error)
+            status, reason = to_status(error), error.reason
             if status.code is grpc.StatusCode.INTERNAL:  # the runtime's own fault, which it has logged
                 _log.error("request %s: %s failed: %s", request_id, method, error.message)
                 status = internal_status(request_id)
@@ -105,6 +125,35 @@ class RpcInterceptor(aio.ServerInterceptor):
             await _abort(context, internal_status(request_id), request_id)
         finally:
             self._metrics.observe_rpc(method, code.name, time.perf_counter() - started)
+            if method.startswith(_CONTROL) or code in _DENIALS:
+                self._audit.record(
+                    info.principal if info else None,
+                    method,
+                    outcome=code.name,
+                    request_id=request_id,
+                    target=info.target if info else "",
+                    reason=reason,
+                    peer=context.peer(),
+                )
+
+    async def _may_enter(self, details: grpc.HandlerCallDetails) -> bool:
+        """Whether a foreign method may be called; who came by a client certificate has shown it already."""
+        if self._gate.uses_client_certificates:
+            return True
+        try:
+            await self._gate.authenticate(details.invocation_metadata or (), {})
+        except Unauthenticated:
+            return False
+        return True
+
+
+async def _deny(messages: Any, context: Context) -> AsyncGenerator[Any]:
+    del messages
+    await context.abort(grpc.StatusCode.UNAUTHENTICATED, Unauthenticated().message)
+    yield  # never reached: it makes a stream of this
+
+
+_DENIED = grpc.stream_stream_rpc_method_handler(_deny)
 
 
 def _parsed(data: bytes, parse: Parse) -> Any:

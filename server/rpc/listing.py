@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from lora_runtime.catalogue import Catalogue
 from lora_runtime.errors import InvalidRequest
-from lora_runtime.types import DEFAULT_TENANT, AdapterId, AdapterInfo, AdapterRef, check_name
+from lora_runtime.types import AdapterId, AdapterInfo, AdapterRef
 from server.pb.multilora.v1 import adapters_pb2 as pb
 from server.rpc.messages import STATES, TASKS
 
@@ -20,13 +20,15 @@ DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
 
 
-def list_page(catalogue: Catalogue, request: pb.ListAdaptersRequest) -> tuple[list[AdapterInfo], str]:
-    """The adapters of one page, and the token of the next, empty on the last; raises InvalidRequest."""
+def list_page(
+    catalogue: Catalogue, request: pb.ListAdaptersRequest, tenant: str | None
+) -> tuple[list[AdapterInfo], str]:
+    """The adapters of one page, and the token of the next, empty on the last; raises InvalidRequest.
+
+    `tenant`: whose, None: everybody's.
+    """
     if not 0 <= request.page_size <= MAX_PAGE_SIZE:
         raise InvalidRequest("page_size", f"{request.page_size} is not between 0 and {MAX_PAGE_SIZE}")
-    if request.tenant not in ("", "-"):
-        check_name("tenant", request.tenant)
-    tenant = None if request.tenant == "-" else request.tenant or DEFAULT_TENANT
     after = _parse_token(request.page_token, tenant) if request.page_token else None
     size = request.page_size or DEFAULT_PAGE_SIZE
     found = catalogue.list(tenant, after=after, limit=size + 1, matches=_Filter(request))

@@ -45,6 +45,7 @@ async def receive_upload(
     if first is None or first.WhichOneof("payload") != "header":
         raise InvalidRequest("header", "is not the first message; send it before the bytes")
     started: list[Upload] = []
+    is_over = False  # the caller may be gone before the first file is begun
 
     async def receive() -> Upload:
         if slots.locked():
@@ -52,6 +53,8 @@ async def receive_upload(
         async with slots:
             upload = await asyncio.to_thread(receiver.begin, first.header)
             started.append(upload)
+            if is_over:
+                await asyncio.to_thread(upload.abort)
             while (message := await _next(messages)) is not None:
                 if message.WhichOneof("payload") != "data":
                     raise InvalidRequest("data", "is not in a message after the header; send the header once")
@@ -61,6 +64,7 @@ async def receive_upload(
     try:
         yield first.header, receive
     finally:
+        is_over = True
         for upload in started:
             await asyncio.shield(asyncio.to_thread(upload.abort))
 

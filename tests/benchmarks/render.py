@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_runtime.adapters.variants import support_table
+from tests.benchmarks.adapters_table import adapters_table
 from tests.conformance.cases import CASES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,6 +75,11 @@ _TABLES = {"variants": variants_table, "families": families_table}
 
 def _result(name: str) -> str:
     result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return _RESULTS[result["benchmark"]](name, result)
+
+
+def encoder_table(name: str, result: dict[str, Any]) -> str:
+    """Speeds of the contenders, and their ratios."""
     settings, machine, texts = result["settings"], result["machine"], result["texts"]
     lines = ["| contender | texts/s, median (low to high) |", "|---|---|"]
     lines += [f"| {_CONTENDERS[key]} | {_spread(s, 0)} |" for key, s in result["texts_per_second"].items()]
@@ -94,6 +100,9 @@ def _result(name: str) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+_RESULTS = {"encoder": encoder_table, "adapters": adapters_table}
 
 
 def _spread(spread: dict[str, float], digits: int) -> str:

@@ -31,6 +31,7 @@ from lora_runtime.errors import (
     TaskMismatch,
 )
 from lora_runtime.observers import EngineObserver
+from lora_runtime.shares import Shares
 from lora_runtime.types import (
     BASE_NAME,
     DEFAULT_TENANT,
@@ -90,6 +91,9 @@ class FakeEngine:
 
     def add_observer(self, observer: EngineObserver) -> None:
         self._observers.append(observer)
+
+    def use_shares(self, shares: Shares) -> None:
+        self.shares = shares
 
     def submit(self, request: Request) -> Future[Result]:
         future: Future[Result] = Future()

@@ -80,11 +80,11 @@ class Harness:
 
 @asynccontextmanager
 async def running(
-    root: Path, *, hold_base: threading.Event | None = None, real: bool = False, **settings: Any
+    root: Path | str, *, hold_base: threading.Event | None = None, real: bool = False, **settings: Any
 ) -> AsyncGenerator[Harness]:
     """A server on free loopback ports; with `hold_base` its base loads only once that is set."""
     runtime = None if real else FakeRuntime()
-    defaults: dict[str, Any] = {"base": "fake-base", "port": 0, "metrics_port": 0, "grace": 5.0}
+    defaults: dict[str, Any] = {"base": "fake-base", "auth": "none", "port": 0, "metrics_port": 0, "grace": 5.0}
     given = {**defaults, "adapters": str(root), **settings}
     app = App(ServeSettings.model_validate(given), _factory(runtime, hold_base))
     stop, announced = asyncio.Event(), list[str]()

@@ -195,60 +195,56 @@ async def test_tenants_have_aliases_of_their_own(news: Harness) -> None:
     assert list(await aliases(news, "acme/news")) == ["default", "prod"]
 
 
-@pytest.mark.parametrize(
-    ("fields", "field"),
-    [
-        ({"adapter": "", "alias": "prod", "version": 1}, "adapter"),
-        ({"adapter": "news@1", "alias": "prod", "version": 1}, "adapter"),
-        ({"adapter": "news@default", "alias": "prod", "version": 1}, "adapter"),
-        ({"adapter": "tenants/default/adapters/news/aliases/default", "alias": "prod", "version": 1}, "adapter"),
-        ({"adapter": "base", "alias": "prod", "version": 1}, "adapter"),
-        ({"alias": "", "version": 1}, "alias"),
-        ({"alias": "7", "version": 1}, "alias"),
-        ({"alias": "1st", "version": 1}, "alias"),
-        ({"alias": "a b", "version": 1}, "alias"),
-        ({"alias": "prod"}, "version"),
-        ({"alias": "prod", "version": -1}, "version"),
-        ({"alias": "prod", "version": 1_000_000_000}, "version"),
-        ({"alias": "prod", "version": 1, "canary_percent": 5.0}, "canary_version"),
-        ({"alias": "prod", "version": 1, "canary_version": 1, "canary_percent": 5.0}, "canary_version"),
-        ({"alias": "prod", "version": 1, "canary_version": -2, "canary_percent": 5.0}, "canary_version"),
-        ({"alias": "prod", "version": 1, "canary_version": 2}, "canary_percent"),
-        ({"alias": "prod", "version": 1, "canary_version": 2, "canary_percent": 100.0}, "canary_percent"),
-        ({"alias": "prod", "version": 1, "canary_version": 2, "canary_percent": -5.0}, "canary_percent"),
-        ({"alias": "prod", "version": 1, "canary_version": 2, "canary_percent": float("nan")}, "canary_percent"),
-        ({"alias": "prod", "version": 1, "rollback": True}, "rollback"),
-        ({"alias": "prod", "canary_percent": 5.0, "rollback": True}, "rollback"),
-        ({"alias": "prod", "version": 1, "request_id": "x" * 129}, "request_id"),
-    ],
-)
-async def test_a_wrong_alias_names_its_field(news: Harness, fields: dict[str, Any], field: str) -> None:
-    failure = await failure_of(news.adapters.SetAlias(pb.SetAliasRequest(**{"adapter": "news"} | fields)))
-    assert (failure.code, failure.field) == (grpc.StatusCode.INVALID_ARGUMENT, field)
+WRONG_ALIASES: list[tuple[dict[str, Any], str]] = [
+    ({"adapter": "", "alias": "prod", "version": 1}, "adapter"),
+    ({"adapter": "news@1", "alias": "prod", "version": 1}, "adapter"),
+    ({"adapter": "news@default", "alias": "prod", "version": 1}, "adapter"),
+    ({"adapter": "tenants/default/adapters/news/aliases/default", "alias": "prod", "version": 1}, "adapter"),
+    ({"adapter": "base", "alias": "prod", "version": 1}, "adapter"),
+    ({"alias": "", "version": 1}, "alias"),
+    ({"alias": "7", "version": 1}, "alias"),
+    ({"alias": "1st", "version": 1}, "alias"),
+    ({"alias": "a b", "version": 1}, "alias"),
+    ({"alias": "prod"}, "version"),
+    ({"alias": "prod", "version": -1}, "version"),
+    ({"alias": "prod", "version": 1_000_000_000}, "version"),
+    ({"alias": "prod", "version": 1, "canary_percent": 5.0}, "canary_version"),
+    ({"alias": "prod", "version": 1, "canary_version": 1, "canary_percent": 5.0}, "canary_version"),
+    ({"alias": "prod", "version": 1, "canary_version": -2, "canary_percent": 5.0}, "canary_version"),
+    ({"alias": "prod", "version": 1, "canary_version": 2}, "canary_percent"),
+    ({"alias": "prod", "version": 1, "canary_version": 2, "canary_percent": 100.0}, "canary_percent"),
+    ({"alias": "prod", "version": 1, "canary_version": 2, "canary_percent": -5.0}, "canary_percent"),
+    ({"alias": "prod", "version": 1, "canary_version": 2, "canary_percent": float("nan")}, "canary_percent"),
+    ({"alias": "prod", "version": 1, "rollback": True}, "rollback"),
+    ({"alias": "prod", "canary_percent": 5.0, "rollback": True}, "rollback"),
+    ({"alias": "prod", "version": 1, "request_id": "x" * 129}, "request_id"),
+]
+
+
+async def test_a_wrong_alias_names_its_field(news: Harness) -> None:
+    for fields, field in WRONG_ALIASES:
+        failure = await failure_of(news.adapters.SetAlias(pb.SetAliasRequest(**{"adapter": "news"} | fields)))
+        assert (failure.code, failure.field) == (grpc.StatusCode.INVALID_ARGUMENT, field), fields
     assert list(await aliases(news)) == ["default"]
 
 
-@pytest.mark.parametrize(
-    "fields", [{"version": 9}, {"version": 1, "canary_version": 9, "canary_percent": 5.0}, {"adapter": "absent"}]
-)
-async def test_an_alias_to_what_is_not_there_is_not_found(news: Harness, fields: dict[str, Any]) -> None:
-    request = pb.SetAliasRequest(**{"adapter": "news", "alias": "prod", "version": 1} | fields)
-    assert (await failure_of(news.adapters.SetAlias(request))).code is grpc.StatusCode.NOT_FOUND
+async def test_an_alias_to_what_is_not_there_is_not_found(news: Harness) -> None:
+    canary = {"version": 1, "canary_version": 9, "canary_percent": 5.0}
+    for fields in ({"version": 9}, canary, {"adapter": "absent"}):
+        request = pb.SetAliasRequest(**{"adapter": "news", "alias": "prod", "version": 1} | fields)
+        assert (await failure_of(news.adapters.SetAlias(request))).code is grpc.StatusCode.NOT_FOUND, fields
 
 
-@pytest.mark.parametrize(
-    ("adapter", "alias", "code"),
-    [
+async def test_what_cannot_be_removed_is_said(news: Harness) -> None:
+    for adapter, alias, code in (
         ("news", "default", grpc.StatusCode.INVALID_ARGUMENT),
         ("news", "", grpc.StatusCode.INVALID_ARGUMENT),
         ("news", "7", grpc.StatusCode.INVALID_ARGUMENT),
         ("news@prod", "prod", grpc.StatusCode.INVALID_ARGUMENT),
         ("absent", "prod", grpc.StatusCode.NOT_FOUND),
-    ],
-)
-async def test_what_cannot_be_removed_is_said(news: Harness, adapter: str, alias: str, code: grpc.StatusCode) -> None:
-    failure = await failure_of(news.adapters.DeleteAlias(pb.DeleteAliasRequest(adapter=adapter, alias=alias)))
-    assert failure.code is code
+    ):
+        failure = await failure_of(news.adapters.DeleteAlias(pb.DeleteAliasRequest(adapter=adapter, alias=alias)))
+        assert failure.code is code, (adapter, alias)
 
 
 async def test_aliases_outlive_a_restart(news_root: Path, tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ async def check_unload(server: Harness) -> None:
 def test_the_command_serves_and_ends_cleanly_on_sigterm(root: Path) -> None:
     with command("--base", BASE, "--adapters", str(root), "--preload", "binary", "--threads", "1") as process:
         assert process.stdout is not None
-        block = [process.stdout.readline() for _ in range(5)]
+        block = [process.stdout.readline() for _ in range(6)]
         assert block[0] == "multilora is serving\n", block
         assert "3 registered, 1 loaded" in block[4]
         address = block[1].split()[1]
@@ -120,7 +120,7 @@ def test_what_cannot_be_served_ends_the_command_with_a_reason(root: Path, argume
 
 @contextmanager
 def command(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    program = [sys.executable, "-c", "from server.cli import app; app()", "serve"]
+    program = [sys.executable, "-c", "from server.cli import app; app()", "serve", "--auth", "none"]
     process = subprocess.Popen(
         [*program, *arguments, "--port", "0", "--metrics-port", "0"],
         stdout=subprocess.PIPE,

@@ -7,6 +7,7 @@ import re
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.metrics import SERIES
+from server.tenancy.usage_metrics import SERIES as TENANT_SERIES
 from server.pb.multilora.v1 import adapters_pb2
 from tests.service.fake_runtime import RESIDENT_BYTES
 from tests.service.harness import Harness, classify_request, failure_of
@@ -55,8 +56,9 @@ async def test_every_series_is_declared_documented_and_well_named(server: Harnes
     text = await server.metrics()
     families = {family.name: family for family in text_string_to_metric_families(text)}
     ours = {name for name in families if name.startswith("multilora_")}
-    assert ours == {name.removesuffix("_total") for name in SERIES}
-    for name, series in SERIES.items():
+    declared = {**SERIES, **TENANT_SERIES}
+    assert ours == {name.removesuffix("_total") for name in declared}
+    for name, series in declared.items():
         assert re.fullmatch(r"multilora_[a-z_]+", name)
         assert series.help.endswith(".")
         assert families[name.removesuffix("_total")].documentation == series.help

@@ -30,7 +30,7 @@ def test_help_lists_the_commands_of_other_modules() -> None:
 
 
 def test_a_missing_folder_is_one_line_and_exit_2(tmp_path: Path) -> None:
-    done = multilora("serve", "--base", "x", "--adapters", str(tmp_path / "absent"))
+    done = multilora("serve", "--auth", "none", "--base", "x", "--adapters", str(tmp_path / "absent"))
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "is not a folder" in done.stderr
@@ -39,7 +39,7 @@ def test_a_missing_folder_is_one_line_and_exit_2(tmp_path: Path) -> None:
 def test_a_taken_port_is_one_line_and_exit_1(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        done = multilora("serve", "--base", "x", "--adapters", str(tmp_path), "--port", port)
+        done = multilora("serve", "--auth", "none", "--base", "x", "--adapters", str(tmp_path), "--port", port)
     assert done.returncode == 1
     assert "is in use" in done.stderr
     assert "Traceback" not in done.stderr

@@ -6,12 +6,16 @@ import grpc
 import pytest
 
 from lora_runtime import errors
+from server.admission import DeadlineUnreachable
 from server.backend import ServerStarting
 from server.control.events import WatchTooSlow
 from server.control.state import StateError, StateUnavailable
 from server.control.uploads import UploadTooLarge
+from server.rpc.caller import PermissionDenied
 from server.rpc.errors import CODES, code_of, to_status
 from server.rpc.uploading import UploadsDisabled, UploadStalled
+from server.tenancy.authenticate import Unauthenticated
+from server.tenancy.quota import Quota, QuotaExceeded
 
 SAMPLES: list[errors.MultiloraError] = [
     errors.InvalidRequest("top_k", "is wrong"),
@@ -33,6 +37,10 @@ SAMPLES: list[errors.MultiloraError] = [
     errors.RequestCancelled("gone"),
     errors.EngineStopped("bye"),
     ServerStarting("soon"),
+    DeadlineUnreachable(2.0, 1.0),
+    Unauthenticated(),
+    PermissionDenied("adapters"),
+    QuotaExceeded("acme", Quota.TOKENS_PER_MINUTE, 1000.0, 2.5),
     StateUnavailable("disk full"),
     UploadTooLarge(2 << 20, 1 << 20),
     UploadsDisabled(),

@@ -12,7 +12,7 @@ from server.settings import ServeSettings, SettingsError, resolve_settings
 
 
 def resolve(tmp_path: Path, environ: dict[str, str] | None = None, **flags: Any) -> ServeSettings:
-    return resolve_settings({"base": "encoder", "adapters": tmp_path, **flags}, environ or {})
+    return resolve_settings({"auth": "none", "base": "encoder", "adapters": tmp_path, **flags}, environ or {})
 
 
 def test_a_flag_wins_over_its_variable_and_both_over_the_default(tmp_path: Path) -> None:

@@ -45,9 +45,7 @@ class Client:
         return (await self.adapters.LoadAdapter(request, timeout=CALL_TIMEOUT_S)).adapter
 
     async def unload(self, adapter: str) -> None:
-        await self.adapters.UnloadAdapter(
-            adapters_pb2.UnloadAdapterRequest(adapter=adapter), timeout=CALL_TIMEOUT_S
-        )
+        await self.adapters.UnloadAdapter(adapters_pb2.UnloadAdapterRequest(adapter=adapter), timeout=CALL_TIMEOUT_S)
 
     async def list_all(self, **filters: int) -> list[adapters_pb2.Adapter]:
         """Every page of ListAdapters."""

@@ -42,8 +42,8 @@ class Scale:
 
 SCALES = {
     "full": Scale(
-        registered=10_000, resident=1000, asked=200, few=10, num_weights=200, num_texts=16, calls_in_flight=64,
-        calls_per_turn=768, rounds=9, list_calls=50, starts=3, storm_clients=16, storm_resident=8, storm_others=40,
+        registered=10_000, resident=1000, asked=200, few=10, num_weights=200, num_texts=8, calls_in_flight=64,
+        calls_per_turn=384, rounds=15, list_calls=50, starts=3, storm_clients=16, storm_resident=8, storm_others=40,
         storm_pairs=6, window_s=10.0, loads_per_s=10.0, cold=50, replace_clients=64, moves=40, move_interval_s=1.0,
         churn_threads=32, churn_operations=128,
     ),

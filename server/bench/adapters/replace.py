@@ -32,16 +32,18 @@ def measure_replace(
     scale: Scale, reference: Reference, server: BenchServer, progress: Callable[[str], None]
 ) -> dict[str, Any]:
     """Who answered which call; every move loads the version that it leads to."""
-    return asyncio.run(_Replacing(scale, reference).measure(server, progress))
+    return asyncio.run(Replacing(scale, reference).measure(server, progress))
 
 
-class _Replacing:
+class Replacing:
+    """The clients, the moves, and who answered what."""
+
     def __init__(self, scale: Scale, reference: Reference) -> None:
         self._scale = scale
         self._reference = reference
         self._begun: list[int] = []  # versions of the moves that have begun, in order
         self._num_done = 0
-        self._counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
         self._latencies: list[float] = []
         self._stopped = False
 
@@ -59,8 +61,8 @@ class _Replacing:
             await asyncio.sleep(self._scale.move_interval_s)
             self._stopped = True
             await asyncio.gather(*clients)
-        counts = {name: self._counts[name] for name in ("answered", "one_version_allowed", "old", "neither", "failed")}
-        by_version = {str(version): self._counts[f"version {version}"] for version in VERSIONS}
+        counts = {name: self.counts[name] for name in ("answered", "one_version_allowed", "old", "neither", "failed")}
+        by_version = {str(version): self.counts[f"version {version}"] for version in VERSIONS}
         return {
             "moves": len(move_seconds),
             "move_seconds": spread(move_seconds),
@@ -96,18 +98,19 @@ class _Replacing:
             try:
                 reply = await client.inference.Classify(self._reference.request(question), timeout=CALL_TIMEOUT_S)
             except grpc.RpcError:
-                self._counts["failed"] += 1
+                self.counts["failed"] += 1
                 continue
             self._latencies.append(loop.time() - started)
             # what the alias led to when the call began, and everything it was led to until the reply
-            self._count(reply, question.text, {*self._begun[last_done - 1 :]})
+            self.count(reply, question.text, {*self._begun[last_done - 1 :]})
 
-    def _count(self, reply: inference_pb2.ClassifyResponse, text: int, allowed: set[int]) -> None:
-        self._counts["answered"] += 1
-        self._counts["one_version_allowed"] += len(allowed) == 1
+    def count(self, reply: inference_pb2.ClassifyResponse, text: int, allowed: set[int]) -> None:
+        """Count one reply; `allowed` are the versions that may have answered it."""
+        self.counts["answered"] += 1
+        self.counts["one_version_allowed"] += len(allowed) == 1
         matching = [v for v in VERSIONS if self._reference.error(v - 1, text, reply) <= TOLERANCE]
         if matching != [reply.version]:
-            self._counts["neither"] += 1
+            self.counts["neither"] += 1
             return
-        self._counts[f"version {reply.version}"] += 1
-        self._counts["old"] += reply.version not in allowed
+        self.counts[f"version {reply.version}"] += 1
+        self.counts["old"] += reply.version not in allowed

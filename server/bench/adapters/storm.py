@@ -78,7 +78,9 @@ def _named(quiet: list[Calls], stormy: list[Calls]) -> tuple[tuple[str, list[Cal
 
 async def _window(client: Client, reference: Reference, scale: Scale) -> Calls:
     files, texts = len(reference.logits), len(reference.texts)
-    questions = (Question.of(i % scale.storm_resident, files, i // scale.storm_resident % texts) for i in itertools.count())
+    questions = (
+        Question.of(i % scale.storm_resident, files, i // scale.storm_resident % texts) for i in itertools.count()
+    )
     until = time.monotonic() + scale.window_s
     return await in_flight(client, reference, questions, scale.storm_clients, lambda: time.monotonic() < until)
 

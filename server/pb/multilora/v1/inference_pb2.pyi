@@ -116,6 +116,7 @@ class ClassifyRequest(_message.Message):
     RETURN_LOGITS_FIELD_NUMBER: _builtins.int
     TRUNCATE_FIELD_NUMBER: _builtins.int
     ROUTING_KEY_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
     """Which adapter answers: `name` (the version its default alias names), `name@version`, or the resource name
     `tenants/{tenant}/adapters/{adapter}`, with or without `/versions/{version}`.
@@ -130,6 +131,10 @@ class ClassifyRequest(_message.Message):
     """Which side of a weighted alias answers: requests with the same key get the same version. At most 256 characters.
     Empty: each request is drawn by itself. Ignored where `adapter` names a version or an alias of one version.
     """
+    priority: _builtins.int
+    """Among the requests of the caller's own tenant, 0 to 3: each level gets four times the share of the one below while
+    both wait. It does not go before other tenants.
+    """
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TextInput]:
         """The texts, at least one and at most as many as the server allows (256 unless configured otherwise)."""
@@ -143,10 +148,11 @@ class ClassifyRequest(_message.Message):
         return_logits: _builtins.bool = ...,
         truncate: _builtins.bool = ...,
         routing_key: _builtins.str = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_top_k", b"_top_k", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_top_k", b"_top_k", "adapter", b"adapter", "inputs", b"inputs", "return_logits", b"return_logits", "routing_key", b"routing_key", "top_k", b"top_k", "truncate", b"truncate"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_top_k", b"_top_k", "adapter", b"adapter", "inputs", b"inputs", "priority", b"priority", "return_logits", b"return_logits", "routing_key", b"routing_key", "top_k", b"top_k", "truncate", b"truncate"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__top_k: _TypeAlias = _typing.Literal["top_k"]  # noqa: Y015
     _WhichOneofArgType__top_k: _TypeAlias = _typing.Literal["_top_k", b"_top_k"]  # noqa: Y015
@@ -279,6 +285,7 @@ class ClassifyTokensRequest(_message.Message):
     RETURN_SCORES_FIELD_NUMBER: _builtins.int
     TRUNCATE_FIELD_NUMBER: _builtins.int
     ROUTING_KEY_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
     """Which adapter answers, as in ClassifyRequest."""
     unit: Global___TokenUnit.ValueType
@@ -292,6 +299,10 @@ class ClassifyTokensRequest(_message.Message):
     routing_key: _builtins.str
     """Which side of a weighted alias answers: requests with the same key get the same version. At most 256 characters.
     Empty: each request is drawn by itself. Ignored where `adapter` names a version or an alias of one version.
+    """
+    priority: _builtins.int
+    """Among the requests of the caller's own tenant, 0 to 3: each level gets four times the share of the one below while
+    both wait. It does not go before other tenants.
     """
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TextInput]:
@@ -309,10 +320,11 @@ class ClassifyTokensRequest(_message.Message):
         return_scores: _builtins.bool = ...,
         truncate: _builtins.bool = ...,
         routing_key: _builtins.str = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "inputs", b"inputs", "return_scores", b"return_scores", "routing_key", b"routing_key", "subword_strategy", b"subword_strategy", "truncate", b"truncate", "unit", b"unit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "inputs", b"inputs", "priority", b"priority", "return_scores", b"return_scores", "routing_key", b"routing_key", "subword_strategy", b"subword_strategy", "truncate", b"truncate", "unit", b"unit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -488,6 +500,7 @@ class AnswerQuestionRequest(_message.Message):
     NO_ANSWER_THRESHOLD_FIELD_NUMBER: _builtins.int
     DOC_STRIDE_FIELD_NUMBER: _builtins.int
     ROUTING_KEY_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
     """Which adapter answers, as in ClassifyRequest."""
     top_k: _builtins.int
@@ -510,6 +523,10 @@ class AnswerQuestionRequest(_message.Message):
     """Which side of a weighted alias answers: requests with the same key get the same version. At most 256 characters.
     Empty: each request is drawn by itself. Ignored where `adapter` names a version or an alias of one version.
     """
+    priority: _builtins.int
+    """Among the requests of the caller's own tenant, 0 to 3: each level gets four times the share of the one below while
+    both wait. It does not go before other tenants.
+    """
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___QuestionInput]:
         """The questions, at least one and at most as many as the server allows (256 unless configured otherwise)."""
@@ -525,10 +542,11 @@ class AnswerQuestionRequest(_message.Message):
         no_answer_threshold: _builtins.float = ...,
         doc_stride: _builtins.int | None = ...,
         routing_key: _builtins.str = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_doc_stride", b"_doc_stride", "_max_answer_tokens", b"_max_answer_tokens", "_top_k", b"_top_k", "doc_stride", b"doc_stride", "max_answer_tokens", b"max_answer_tokens", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_doc_stride", b"_doc_stride", "_max_answer_tokens", b"_max_answer_tokens", "_top_k", b"_top_k", "adapter", b"adapter", "allow_no_answer", b"allow_no_answer", "doc_stride", b"doc_stride", "inputs", b"inputs", "max_answer_tokens", b"max_answer_tokens", "no_answer_threshold", b"no_answer_threshold", "routing_key", b"routing_key", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_doc_stride", b"_doc_stride", "_max_answer_tokens", b"_max_answer_tokens", "_top_k", b"_top_k", "adapter", b"adapter", "allow_no_answer", b"allow_no_answer", "doc_stride", b"doc_stride", "inputs", b"inputs", "max_answer_tokens", b"max_answer_tokens", "no_answer_threshold", b"no_answer_threshold", "priority", b"priority", "routing_key", b"routing_key", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__doc_stride: _TypeAlias = _typing.Literal["doc_stride"]  # noqa: Y015
     _WhichOneofArgType__doc_stride: _TypeAlias = _typing.Literal["_doc_stride", b"_doc_stride"]  # noqa: Y015
@@ -679,6 +697,7 @@ class EmbedRequest(_message.Message):
     NORMALIZE_FIELD_NUMBER: _builtins.int
     TRUNCATE_FIELD_NUMBER: _builtins.int
     ROUTING_KEY_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
     """Which adapter answers, as in ClassifyRequest; `base` for the base model without an adapter."""
     pooling: _common_pb2.Pooling.ValueType
@@ -690,6 +709,10 @@ class EmbedRequest(_message.Message):
     routing_key: _builtins.str
     """Which side of a weighted alias answers: requests with the same key get the same version. At most 256 characters.
     Empty: each request is drawn by itself. Ignored where `adapter` names a version or an alias of one version.
+    """
+    priority: _builtins.int
+    """Among the requests of the caller's own tenant, 0 to 3: each level gets four times the share of the one below while
+    both wait. It does not go before other tenants.
     """
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TextInput]:
@@ -704,10 +727,11 @@ class EmbedRequest(_message.Message):
         normalize: _builtins.bool | None = ...,
         truncate: _builtins.bool = ...,
         routing_key: _builtins.str = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_normalize", b"_normalize", "normalize", b"normalize"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_normalize", b"_normalize", "adapter", b"adapter", "inputs", b"inputs", "normalize", b"normalize", "pooling", b"pooling", "routing_key", b"routing_key", "truncate", b"truncate"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_normalize", b"_normalize", "adapter", b"adapter", "inputs", b"inputs", "normalize", b"normalize", "pooling", b"pooling", "priority", b"priority", "routing_key", b"routing_key", "truncate", b"truncate"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__normalize: _TypeAlias = _typing.Literal["normalize"]  # noqa: Y015
     _WhichOneofArgType__normalize: _TypeAlias = _typing.Literal["_normalize", b"_normalize"]  # noqa: Y015

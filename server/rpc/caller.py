@@ -1,0 +1,111 @@
+"""Who makes the call that is being answered, and what that allows: rights, checked before anything is revealed."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from lora_runtime.catalogue import Catalogue
+from lora_runtime.errors import AdapterNotFound, InvalidRequest, MultiloraError
+from lora_runtime.types import BASE_NAME, AdapterInfo, AdapterRef, check_name
+from server.tenancy.model import Policy, Principal, Role
+
+
+class PermissionDenied(MultiloraError):
+    """The caller's credential lacks a role. Which tenants and adapters there are is not told by that."""
+
+    reason = "PERMISSION_DENIED"
+
+    def __init__(self, needed: str) -> None:
+        super().__init__(f"the credential does not allow this; it needs the role {needed!r}", role=needed)
+
+
+@dataclass(slots=True)
+class CallInfo:
+    """One RPC, for rights and for the audit log."""
+
+    principal: Principal
+    policy: Policy
+    target: str = ""  # the adapter it is about
+
+
+current_call: ContextVar[CallInfo] = ContextVar("current_call")
+
+
+def caller() -> Principal:
+    """Who makes this call."""
+    return current_call.get().principal
+
+
+def require(*roles: Role) -> Principal:
+    """The caller, who has one of `roles`; raises PermissionDenied."""
+    principal = caller()
+    if not any(principal.has(role) for role in roles):
+        raise PermissionDenied(roles[0])
+    return principal
+
+
+def resolve(catalogue: Catalogue, reference: str, routing_key: str = "") -> AdapterInfo:
+    """The adapter that the caller may ask and means.
+
+    Another tenant's that is not shared does not exist for it. Raises InvalidRequest on field `adapter`,
+    AdapterNotFound, AliasNotFound.
+    """
+    ref = parse_reference(reference)
+    call = current_call.get()
+    if ref.name != BASE_NAME and not call.policy.may_ask(call.principal, ref.tenant, ref.name):
+        raise AdapterNotFound(str(ref))
+    info = catalogue.resolve(ref, routing_key)
+    call.target = info.id.resource_name
+    return info
+
+
+def resolve_own(catalogue: Catalogue, reference: str) -> AdapterInfo:
+    """As `resolve`, of an adapter that the caller may change."""
+    ref = parse_reference(reference)
+    if ref.name != BASE_NAME:
+        check_own(ref.tenant, str(ref))
+    info = catalogue.resolve(ref)
+    current_call.get().target = info.id.resource_name
+    return info
+
+
+def parse_reference(reference: str) -> AdapterRef:
+    """Raises InvalidRequest on field `adapter`."""
+    if not reference:
+        raise InvalidRequest("adapter", "is empty; name the adapter")
+    return AdapterRef.parse(reference, caller().tenant)
+
+
+def check_own(tenant: str, shown: str) -> None:
+    """Raise AdapterNotFound unless the caller may change what belongs to `tenant`."""
+    principal = caller()
+    if principal.tenant != tenant and not principal.has(Role.OPERATOR):
+        raise AdapterNotFound(shown)
+
+
+def parse_adapter(field: str, text: str) -> tuple[str, str]:
+    """Tenant and name of an adapter that the caller may change; raises InvalidRequest on `field`, AdapterNotFound."""
+    if not text:
+        raise InvalidRequest(field, "is empty; name the adapter")
+    try:
+        ref = AdapterRef.parse(text, caller().tenant)
+    except InvalidRequest as error:
+        raise InvalidRequest(field, error.description) from error
+    if ref.version is not None or "@" in text or "/aliases/" in text:
+        raise InvalidRequest(field, f"{text[:140]!r} names a version or an alias; give the adapter's name alone")
+    if ref.name == BASE_NAME:
+        raise InvalidRequest(field, f"{BASE_NAME!r} is reserved for the base model")
+    check_own(ref.tenant, str(ref))
+    current_call.get().target = f"tenants/{ref.tenant}/adapters/{ref.name}"
+    return ref.tenant, ref.name
+
+
+def tenant_filter(tenant: str) -> str | None:
+    """The tenant that a listing is about, None for all; raises InvalidRequest on field `tenant`, PermissionDenied."""
+    principal = caller()
+    if tenant not in ("", "-"):
+        check_name("tenant", tenant)
+    if tenant not in ("", principal.tenant) and not principal.has(Role.OPERATOR):
+        raise PermissionDenied(Role.OPERATOR)
+    return None if tenant == "-" else tenant or principal.tenant
