@@ -118,7 +118,7 @@ class Catalogue:
                 raise InvalidRequest("canary_version", f"{alias.version} is the alias's own version; name another")
             if not 0 < alias.canary_percent < 100:
                 raise InvalidRequest("canary_percent", f"{alias.canary_percent:g} is not between 0 and 100")
-        before = self._aliases[alias.tenant, alias.adapter].get(alias.name)
+        before = self._aliases.get((alias.tenant, alias.adapter), {}).get(alias.name)
         if before is None:
             return replace(alias, previous_version=None)
         moves = before.version != alias.version

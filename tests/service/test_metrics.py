@@ -7,8 +7,8 @@ import re
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.metrics import SERIES
-from server.tenancy.usage_metrics import SERIES as TENANT_SERIES
 from server.pb.multilora.v1 import adapters_pb2
+from server.tenancy.usage_metrics import SERIES as TENANT_SERIES
 from tests.service.fake_runtime import RESIDENT_BYTES
 from tests.service.harness import Harness, classify_request, failure_of
 

@@ -225,7 +225,7 @@ class AdapterServiceServicer:
         that resumes from `resume_token` gets what it missed. A reader that is too slow is ended with ABORTED and can
         resume.
 
-        Errors: INVALID_ARGUMENT, ABORTED.
+        Errors: INVALID_ARGUMENT, ABORTED, UNAVAILABLE (the server stops).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

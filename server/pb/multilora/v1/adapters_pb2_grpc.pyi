@@ -115,7 +115,7 @@ class AdapterServiceStub:
     that resumes from `resume_token` gets what it missed. A reader that is too slow is ended with ABORTED and can
     resume.
 
-    Errors: INVALID_ARGUMENT, ABORTED.
+    Errors: INVALID_ARGUMENT, ABORTED, UNAVAILABLE (the server stops).
     """
 
 @_typing.type_check_only
@@ -205,7 +205,7 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     that resumes from `resume_token` gets what it missed. A reader that is too slow is ended with ABORTED and can
     resume.
 
-    Errors: INVALID_ARGUMENT, ABORTED.
+    Errors: INVALID_ARGUMENT, ABORTED, UNAVAILABLE (the server stops).
     """
 
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -358,7 +358,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         that resumes from `resume_token` gets what it missed. A reader that is too slow is ended with ABORTED and can
         resume.
 
-        Errors: INVALID_ARGUMENT, ABORTED.
+        Errors: INVALID_ARGUMENT, ABORTED, UNAVAILABLE (the server stops).
         """
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
