@@ -77,6 +77,7 @@ class Loads:
             record.load_started_at = self._queue[adapter] = time.monotonic()
             record.overtaken = 0
             record.stop = threading.Event()
+            self._hurry(record)
 
     def is_pending(self, adapter: AdapterId) -> bool:
         return adapter in self._queue or adapter in self._running
@@ -195,6 +196,15 @@ class Loads:
         if record.fetched is not None:
             self._leave_memory(record)
 
+    def _hurry(self, record: Record) -> None:
+        """Take a step at once, not after the next batch, where that needs nobody's room and is nobody else's turn."""
+        fetched, layout = record.fetched, record.layout
+        size = fetched.layout.num_elements if fetched else layout.num_elements if layout else 0
+        alone = len(self._queue) == 1 and len(self._running) < _MAX_RUNNING
+        is_host = record.state is AdapterState.HOST and fetched is None
+        if alone and self._room.is_free(record, size, on_device=is_host or self._memory.host is None):
+            self._take_step(record, self._queue[record.info.id], {})
+
     def _take_step(self, record: Record, since: float, wanted: Mapping[AdapterId, float]) -> bool:
         """The next step of a queued load; False when it has to wait for room."""
         if record.state is AdapterState.HOST and record.fetched is None:
@@ -232,6 +242,7 @@ class Loads:
             record.fetched = message
             self._running.discard(adapter)
             self._queue[adapter] = record.load_started_at
+            self._hurry(record)
         record.settle_reads()
 
     def _write(self, record: Record, since: float, wanted: Mapping[AdapterId, float]) -> bool:
@@ -261,6 +272,7 @@ class Loads:
         self._memory.host.used(adapter, seconds)
         self._records.move(record, AdapterState.HOST, host_bytes=self._memory.host.bytes_of(adapter))
         self._queue[adapter] = record.load_started_at
+        self._hurry(record)
 
     def _copy(self, record: Record, since: float, wanted: Mapping[AdapterId, float]) -> bool:
         assert record.layout is not None and self._memory.host is not None

@@ -99,6 +99,11 @@ class Room:
         """As `on_host` or `on_device`, in the tier where images are written."""
         return self.on_device(wait) if self._memory.host is None else self.on_host(wait)
 
+    def is_free(self, record: Record, size: int, *, on_device: bool) -> bool:
+        """Whether there is a run for `size` elements (0: none is needed yet) that is nobody's, and no quota to heed."""
+        tier = self._memory.device if on_device else self._memory.first
+        return not size or (tier.arena.can_allocate(size) and self._quota_of(record.info.id.tenant) is None)
+
     def _within_quota(self, wait: Wait) -> bool:
         """Whether the tenant's other adapters leave it the room; its own idle ones go for that."""
         device, tenant = self._memory.device, wait.record.info.id.tenant
@@ -109,7 +114,9 @@ class Room:
         own = [adapter for adapter in device.holders() if adapter.tenant == tenant]
         kept = sum(device.bytes_of(adapter) for adapter in own if adapter in self._records.pinned)
         if needed > quota - kept:
-            message = f"needs {needed} bytes, its tenant may hold {quota} and has pinned {kept}; unpin or raise the limit"
+            message = (
+                f"needs {needed} bytes, its tenant may hold {quota} and has pinned {kept}; unpin or raise the limit"
+            )
             raise CapacityExceeded(f"{wait.record.info.id}: {message}", needed_bytes=needed, retry_after_s=10.0)
         held = sum(device.bytes_of(adapter) for adapter in own)
         idle = {*self._idle_on_device()}
