@@ -21,7 +21,7 @@ from server.control.state import Changes, StateStore
 from server.control.surviving import surviving
 from server.settings import MIB, ServeSettings
 
-_EXAMINE_WAIT_S = 5.0  # so that folders that are refused are known when the server says it is up
+_EXAMINE_WAIT_S = 3.0  # so that folders that are refused are known when the server says it is up
 
 _MAX_RESOLVES = 16
 

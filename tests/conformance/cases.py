@@ -45,7 +45,6 @@ class Case:
     reorder: tuple[str, ...] = ()  # fields whose entries are written in the config's order, which saving would sort
     edits: Mapping[str, Any] = field(default_factory=dict)  # of the saved config, which PEFT reads as edited
     dtype: str = "float32"  # of the saved tensors
-    fast: bool = False
     may_be_refused: bool = False  # with the reason, in place of an answer: PEFT ignores part of it, or no leaf has it
 
     @property
@@ -144,13 +143,12 @@ _KASA = {"kasa_config": KasaConfig(), "target_modules": linears}
 _TIE = {"ensure_weight_tying": True}
 
 _BERT = [
-    Case("bert", "plain", fast=True),
-    Case("bert", "rslora", lora={"use_rslora": True}, fast=True),
+    Case("bert", "plain"),
+    Case("bert", "rslora", lora={"use_rslora": True}),
     Case("bert", "wide-rank", ranks=(36, 64), lora={"target_modules": linears}),
     Case(
         "bert",
         "rank-pattern",
-        fast=True,
         lora={
             "rank_pattern": {".*value": 5, r"encoder\.layer\.1\..*": 2, "layer.1.attention.self.value": 9},
             "target_modules": linears,
@@ -159,7 +157,6 @@ _BERT = [
     Case(
         "bert",
         "alpha-pattern",
-        fast=True,
         reorder=("alpha_pattern",),
         lora={
             "alpha_pattern": {"value": 40, "layer.1.attention.self.value": 1, "dense": 9, "output.dense": 2},
@@ -171,17 +168,17 @@ _BERT = [
         "rank-and-alpha-pattern-rslora",
         lora={"use_rslora": True, "rank_pattern": {"query": 7}, "alpha_pattern": {r"layer\.0\..*": 30}},
     ),
-    Case("bert", "lora-bias", lora={"lora_bias": True, "target_modules": linears}, fast=True),
-    Case("bert", "bias-lora-only", lora={"bias": "lora_only", "target_modules": linears}, fast=True),
-    Case("bert", "bias-all", lora={"bias": "all"}, fast=True),
+    Case("bert", "lora-bias", lora={"lora_bias": True, "target_modules": linears}),
+    Case("bert", "bias-lora-only", lora={"bias": "lora_only", "target_modules": linears}),
+    Case("bert", "bias-all", lora={"bias": "all"}),
     Case("bert", "lora-bias-and-bias-all", lora={"lora_bias": True, "bias": "all"}),
-    Case("bert", "dora", lora=_DORA, fast=True),
-    Case("bert", "dora-rslora", lora={**_DORA, "use_rslora": True}, fast=True),
-    Case("bert", "dora-bias-lora-only", lora={**_DORA, "bias": "lora_only"}, fast=True),
+    Case("bert", "dora", lora=_DORA),
+    Case("bert", "dora-rslora", lora={**_DORA, "use_rslora": True}),
+    Case("bert", "dora-bias-lora-only", lora={**_DORA, "bias": "lora_only"}),
     Case("bert", "dora-bias-all", lora={**_DORA, "bias": "all"}),
-    Case("bert", "dora-embedding", lora={"use_dora": True, "target_modules": with_words}, fast=True),
+    Case("bert", "dora-embedding", lora={"use_dora": True, "target_modules": with_words}),
     Case("bert", "dora-pooler", lora={"use_dora": True, "target_modules": also("pooler.dense")}),
-    Case("bert", "embedding", lora={"target_modules": with_words}, fast=True),
+    Case("bert", "embedding", lora={"target_modules": with_words}),
     Case(
         "bert",
         "embedding-rslora-all-tables",
@@ -190,48 +187,48 @@ _BERT = [
             "target_modules": also("word_embeddings", "position_embeddings", "token_type_embeddings"),
         },
     ),
-    Case("bert", "pooler", lora={"target_modules": also("pooler.dense")}, fast=True),
+    Case("bert", "pooler", lora={"target_modules": also("pooler.dense")}),
     Case("bert", "lora-bias-pooler", lora={"target_modules": also("pooler.dense"), "lora_bias": True}),
     Case("bert", "bias-lora-only-pooler", lora={"target_modules": also("pooler.dense"), "bias": "lora_only"}),
-    Case("bert", "saved-pooler", lora={"modules_to_save": ["pooler"]}, fast=True),
-    Case("bert", "saved-norms", lora={"modules_to_save": ["LayerNorm"]}, fast=True),
-    Case("bert", "saved-linear", lora={"modules_to_save": ["layer.1.intermediate.dense"]}, fast=True),
-    Case("bert", "saved-embedding", lora={"modules_to_save": words}, fast=True),
-    Case("bert", "trainable-tokens", lora={"trainable_token_indices": some_tokens}, fast=True),
-    Case("bert", "trainable-tokens-by-name", lora={"trainable_token_indices": tokens_of("word_embeddings")}, fast=True),
+    Case("bert", "saved-pooler", lora={"modules_to_save": ["pooler"]}),
+    Case("bert", "saved-norms", lora={"modules_to_save": ["LayerNorm"]}),
+    Case("bert", "saved-linear", lora={"modules_to_save": ["layer.1.intermediate.dense"]}),
+    Case("bert", "saved-embedding", lora={"modules_to_save": words}),
+    Case("bert", "trainable-tokens", lora={"trainable_token_indices": some_tokens}),
+    Case("bert", "trainable-tokens-by-name", lora={"trainable_token_indices": tokens_of("word_embeddings")}),
     Case(
         "bert",
         "trainable-tokens-dora-bias-all",
         lora={**_DORA, "bias": "all", "trainable_token_indices": some_tokens},
     ),
-    Case("bert", "pissa", ranks=(2, 4), lora={"init_lora_weights": "pissa", "target_modules": linears}, fast=True),
+    Case("bert", "pissa", ranks=(2, 4), lora={"init_lora_weights": "pissa", "target_modules": linears}),
     Case("bert", "pissa-rslora", ranks=(2, 4), lora={"init_lora_weights": "pissa", "use_rslora": True}),
     Case("bert", "pissa-rank-pattern", ranks=(3, 4), lora={"init_lora_weights": "pissa", "rank_pattern": {"value": 5}}),
-    Case("bert", "olora", lora={"init_lora_weights": "olora", "target_modules": linears}, fast=True),
-    Case("bert", "kasa", ranks=(3, 10), lora=_KASA, fast=True),
+    Case("bert", "olora", lora={"init_lora_weights": "olora", "target_modules": linears}),
+    Case("bert", "kasa", ranks=(3, 10), lora=_KASA),
     Case("bert", "kasa-rslora", ranks=(2, 6), lora={**_KASA, "use_rslora": True}),
-    Case("bert", "bd-lora", ranks=(4, 6), lora=_BD, fast=True),
-    Case("bert", "mica", lora={"init_lora_weights": "mica", "target_modules": linears}, fast=True),
+    Case("bert", "bd-lora", ranks=(4, 6), lora=_BD),
+    Case("bert", "mica", lora={"init_lora_weights": "mica", "target_modules": linears}),
     Case("bert", "mica-embedding", lora={"init_lora_weights": "mica", "target_modules": with_words}),
-    Case("bert", "orthogonal", ranks=(4, 6), lora={"init_lora_weights": "orthogonal"}, fast=True),
-    Case("bert", "eva", lora={"init_lora_weights": "eva"}, fast=True),
+    Case("bert", "orthogonal", ranks=(4, 6), lora={"init_lora_weights": "orthogonal"}),
+    Case("bert", "eva", lora={"init_lora_weights": "eva"}),
     Case("bert", "gaussian", lora={"init_lora_weights": "gaussian"}),
-    Case("bert", "layers-to-transform", lora={"layers_to_transform": [1]}, fast=True),
-    Case("bert", "regex-targets", lora={"target_modules": r".*layer\.[01]\.attention\.self\.(query|value)"}, fast=True),
-    Case("bert", "excluded-modules", lora={"target_modules": linears, "exclude_modules": r".*layer\.0\..*"}, fast=True),
-    Case("bert", "named", layout=Layout.NAMED, fast=True),
-    Case("bert", "sharded", layout=Layout.SHARDED, lora={"target_modules": linears}, fast=True),
-    Case("bert", "resized-vocabulary", new_tokens=3, fast=True),
-    Case("bert", "untyped", edits={"task_type": None}, fast=True),
+    Case("bert", "layers-to-transform", lora={"layers_to_transform": [1]}),
+    Case("bert", "regex-targets", lora={"target_modules": r".*layer\.[01]\.attention\.self\.(query|value)"}),
+    Case("bert", "excluded-modules", lora={"target_modules": linears, "exclude_modules": r".*layer\.0\..*"}),
+    Case("bert", "named", layout=Layout.NAMED),
+    Case("bert", "sharded", layout=Layout.SHARDED, lora={"target_modules": linears}),
+    Case("bert", "resized-vocabulary", new_tokens=3),
+    Case("bert", "untyped", edits={"task_type": None}),
     Case("bert", "of-the-future", edits={"a_field_of_the_future": None, "peft_version": "9.0"}),
-    Case("bert", "float16", dtype="float16", lora={**_DORA, "bias": "all"}, fast=True),
-    Case("bert", "bfloat16", dtype="bfloat16", lora={"target_modules": with_words}, fast=True),
-    Case("bert", "regression", labels=(1, 1), fast=True),
-    Case("bert", "plain", "TOKEN_CLS", fast=True),
+    Case("bert", "float16", dtype="float16", lora={**_DORA, "bias": "all"}),
+    Case("bert", "bfloat16", dtype="bfloat16", lora={"target_modules": with_words}),
+    Case("bert", "regression", labels=(1, 1)),
+    Case("bert", "plain", "TOKEN_CLS"),
     Case("bert", "dora-bias-all", "TOKEN_CLS", lora={**_DORA, "bias": "all"}),
-    Case("bert", "plain", "QUESTION_ANS", fast=True),
+    Case("bert", "plain", "QUESTION_ANS"),
     Case("bert", "trainable-tokens", "QUESTION_ANS", lora={"trainable_token_indices": some_tokens}),
-    Case("bert", "plain", "FEATURE_EXTRACTION", fast=True),
+    Case("bert", "plain", "FEATURE_EXTRACTION"),
     Case("bert", "dora-saved-norms", "FEATURE_EXTRACTION", lora={**_DORA, "modules_to_save": ["LayerNorm"]}),
     Case("bert", "embedding", "FEATURE_EXTRACTION", lora={"target_modules": with_words}),
 ]
@@ -322,7 +319,7 @@ _OTHER_DECODERS = [
 ]
 _OTHER_DECODERS += [Case("qwen3", "saved-norms", "CAUSAL_LM", lora={"modules_to_save": ["q_norm", "k_norm"]})]
 _GPT2 = [
-    Case("gpt2", "linears", lora={"target_modules": linears}, fast=True),
+    Case("gpt2", "linears", lora={"target_modules": linears}),
     Case("gpt2", "dora", lora=_DORA),
     Case("gpt2", "pissa", ranks=(3, 8), lora={"init_lora_weights": "pissa", "target_modules": linears}),
     Case("gpt2", "mica", lora={"init_lora_weights": "mica", "target_modules": linears}),
@@ -331,10 +328,10 @@ _GPT2 = [
     Case("gpt2", "bias-all", "FEATURE_EXTRACTION", lora={"bias": "all"}),
     Case("gpt2", "linears", "CAUSAL_LM", lora={"target_modules": linears}),
     Case("gpt2", "tables", "CAUSAL_LM", lora={"target_modules": also("wte", "wpe")}),
-    Case("gpt2", "lm-head-tied", "CAUSAL_LM", lora={"target_modules": also("lm_head")}, fast=True),
+    Case("gpt2", "lm-head-tied", "CAUSAL_LM", lora={"target_modules": also("lm_head")}),
     Case("gpt2", "saved-lm-head", "CAUSAL_LM", lora={"modules_to_save": ["lm_head"]}),
     Case("gpt2", "saved-embedding", "CAUSAL_LM", lora={"modules_to_save": words}),
-    Case("gpt2", "trainable-tokens-tied", "CAUSAL_LM", lora={"trainable_token_indices": some_tokens}, fast=True),
+    Case("gpt2", "trainable-tokens-tied", "CAUSAL_LM", lora={"trainable_token_indices": some_tokens}),
     Case("gpt2", "trainable-tokens-tied-by-name", "CAUSAL_LM", lora={"trainable_token_indices": tokens_of("wte")}),
     Case("gpt2", "saved-norm", "CAUSAL_LM", lora={"modules_to_save": ["ln_f", "ln_1"]}),
     Case("gpt2", "alora", "CAUSAL_LM", lora=_ALORA),
@@ -346,7 +343,7 @@ _LLAMA = [
     Case("llama", "plain", "FEATURE_EXTRACTION"),
     Case("llama", "plain", "TOKEN_CLS"),
     Case("llama", "plain", "QUESTION_ANS"),
-    Case("llama", "plain", "CAUSAL_LM", fast=True),
+    Case("llama", "plain", "CAUSAL_LM"),
     Case(
         "llama",
         "rslora-lora-bias",
@@ -354,18 +351,18 @@ _LLAMA = [
         lora={"use_rslora": True, "lora_bias": True, "target_modules": linears},
     ),
     Case("llama", "dora-rslora", "CAUSAL_LM", lora={**_DORA, "use_rslora": True}),
-    Case("llama", "lm-head", "CAUSAL_LM", lora={"target_modules": also("lm_head")}, fast=True),
+    Case("llama", "lm-head", "CAUSAL_LM", lora={"target_modules": also("lm_head")}),
     Case("llama", "dora-lm-head", "CAUSAL_LM", lora={"use_dora": True, "target_modules": also("lm_head")}),
     Case("llama", "lora-bias-lm-head", "CAUSAL_LM", lora={"lora_bias": True, "target_modules": also("lm_head")}),
-    Case("llama", "saved-lm-head", "CAUSAL_LM", lora={"modules_to_save": ["lm_head"]}, fast=True),
+    Case("llama", "saved-lm-head", "CAUSAL_LM", lora={"modules_to_save": ["lm_head"]}),
     Case("llama", "embedding", "CAUSAL_LM", lora={"target_modules": with_words}),
     Case("llama", "embedding-and-lm-head", "CAUSAL_LM", lora={"target_modules": also("embed_tokens", "lm_head")}),
     Case("llama", "dora-embedding", "CAUSAL_LM", lora={"use_dora": True, "target_modules": with_words}),
     Case("llama", "saved-embedding-and-lm-head", "CAUSAL_LM", lora={"modules_to_save": ["embed_tokens", "lm_head"]}),
-    Case("llama", "trainable-tokens", "CAUSAL_LM", lora={"trainable_token_indices": some_tokens}, fast=True),
+    Case("llama", "trainable-tokens", "CAUSAL_LM", lora={"trainable_token_indices": some_tokens}),
     Case("llama", "trainable-tokens-by-name", "CAUSAL_LM", lora={"trainable_token_indices": tokens_of("embed_tokens")}),
-    Case("llama", "alora", "CAUSAL_LM", lora=_ALORA, fast=True),
-    Case("llama", "alora-lm-head", "CAUSAL_LM", lora={**_ALORA, "target_modules": also("lm_head")}, fast=True),
+    Case("llama", "alora", "CAUSAL_LM", lora=_ALORA),
+    Case("llama", "alora-lm-head", "CAUSAL_LM", lora={**_ALORA, "target_modules": also("lm_head")}),
     Case(
         "llama",
         "alora-rslora-patterns",
@@ -416,5 +413,5 @@ assert len({case.id for case in CASES}) == len(CASES)
 
 
 def case_params() -> list[object]:
-    """The cases as pytest parameters; all but the fast ones are slow."""
-    return [pytest.param(case, id=case.id, marks=() if case.fast else pytest.mark.slow) for case in CASES]
+    """The cases as pytest parameters."""
+    return [pytest.param(case, id=case.id) for case in CASES]

@@ -1,8 +1,4 @@
-"""Every variant of PEFT's LoRA is answered as PEFT answers it, unmerged, in a batch with other adapters and the base.
-
-The whole matrix: `pytest tests/conformance/test_matrix.py -m "slow or not slow"`. Without `slow` it is one case of each
-variant, on the cheapest architecture.
-"""
+"""Every variant of PEFT's LoRA is answered as PEFT answers it, unmerged, in a batch with other adapters and the base."""
 
 from __future__ import annotations
 
@@ -16,17 +12,12 @@ import torch
 
 from lora_runtime.errors import AdapterRejected
 from lora_runtime.model.base import PackedBackbone
-from tests.conformance.cases import CASES, Case, case_params
+from tests.conformance.cases import Case, case_params
 from tests.conformance.families import FAMILIES, TEXTS, build_base
 from tests.conformance.matrix_bench import Bench
 from tests.oracle import relative_difference
 
 BenchOf = Callable[[str], Bench]
-FAST_FAMILIES = {case.family for case in CASES if case.fast}
-
-
-def family_params() -> list[object]:
-    return [pytest.param(name, marks=[] if name in FAST_FAMILIES else [pytest.mark.slow]) for name in FAMILIES]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +53,7 @@ def test_a_mixed_batch_answers_as_peft(case: Case, bench: BenchOf) -> None:
         group.check(outputs)
 
 
-@pytest.mark.parametrize("family", family_params())
+@pytest.mark.parametrize("family", list(FAMILIES))
 def test_a_swapped_adapter_fails_the_comparison(family: str, bench: BenchOf) -> None:
     """The tolerances are sharp: one adapter's head on another's hidden states is far outside them."""
     served = bench(family)
@@ -78,7 +69,7 @@ def test_a_swapped_adapter_fails_the_comparison(family: str, bench: BenchOf) -> 
         swapped.check(outputs)
 
 
-@pytest.mark.parametrize("family", family_params())
+@pytest.mark.parametrize("family", list(FAMILIES))
 def test_base_rows_are_bitwise_those_of_the_same_batch_with_lora_off(family: str, bench: BenchOf) -> None:
     served = bench(family)
     plain, alone = served.plain(), served.alone()
