@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -76,13 +76,33 @@ def many_adapters(
         from server.bench.adapters.plan import PARTS, SCALES, AdaptersBench
         from server.bench.adapters.run import run_adapters_bench
         from server.bench.texts import default_base
-    chosen = tuple(part.strip() for part in parts.split(",") if part.strip())
-    if unknown := set(chosen) - {*PARTS}:
-        raise typer.BadParameter(f"{min(unknown)!r} is not one of {', '.join(PARTS)}", param_hint="--parts")
+    chosen = _chosen(parts, PARTS)
     if scale not in SCALES:
         raise typer.BadParameter(f"{scale!r} is not one of {', '.join(SCALES)}", param_hint="--scale")
     bench = AdaptersBench(base or default_base(), SCALES[scale], scale, chosen, threads)
     _run(lambda progress: run_adapters_bench(bench, progress), _print_targets, out)
+
+
+@bench_app.command("tenants")
+def many_tenants(
+    base: Annotated[str | None, typer.Option(help="Folder or name of the encoder. Default: the packaged one.")] = None,
+    parts: Annotated[str, typer.Option(help="Some of noisy, shares, overload, cancels.")] = (
+        "noisy,shares,overload,cancels"
+    ),
+    scale: Annotated[str, typer.Option(help="full (minutes) or small (to see that it works).")] = "full",
+    threads: Annotated[int, typer.Option(help="torch threads of the servers.", min=1)] = 2,
+    out: Annotated[Path | None, typer.Option(help="Write the result here as JSON.")] = None,
+) -> None:
+    """What tenants notice of a noisy one, of overload and of cancelled calls; real servers, one API key per tenant."""
+    with _installed():
+        from server.bench.tenants.plan import PARTS, SCALES, TenantsBench
+        from server.bench.tenants.run import run_tenants_bench
+        from server.bench.texts import default_base
+    chosen = _chosen(parts, PARTS)
+    if scale not in SCALES:
+        raise typer.BadParameter(f"{scale!r} is not one of {', '.join(SCALES)}", param_hint="--scale")
+    bench = TenantsBench(base or default_base(), SCALES[scale], scale, chosen, threads)
+    _run(lambda progress: run_tenants_bench(bench, progress), _print_targets, out)
 
 
 @contextmanager
@@ -92,6 +112,13 @@ def _installed() -> Generator[None]:
     except ModuleNotFoundError as error:
         Console().print(f"[red]{error.name} is not installed:[/] pip install '.\\[demo]' in the repository")
         raise typer.Exit(1) from error
+
+
+def _chosen(parts: str, known: Collection[str]) -> tuple[str, ...]:
+    chosen = tuple(part.strip() for part in parts.split(",") if part.strip())
+    if unknown := set(chosen) - {*known}:
+        raise typer.BadParameter(f"{min(unknown)!r} is not one of {', '.join(known)}", param_hint="--parts")
+    return chosen
 
 
 def _run(

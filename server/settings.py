@@ -205,7 +205,8 @@ def _describe(error: ValidationError, from_environment: set[str]) -> str:
             continue
         name = str(fault["loc"][0])
         if fault["type"] == "missing":
-            lines.append(f"{flag_of(name)} is required (or {variable_of(name)})")
+            what = ServeSettings.model_fields[name].description
+            lines.append(f"{flag_of(name)} is required (or {variable_of(name)}). {what}")
         else:
             place = variable_of(name) if name in from_environment else flag_of(name)
             lines.append(f"{place}: {message}")

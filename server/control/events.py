@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import re
 import secrets
 import threading
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
 from lora_runtime.errors import EngineStopped, InvalidRequest, MultiloraError
 from lora_runtime.observers import EngineObserver
 from lora_runtime.types import AdapterId, AdapterInfo, Alias
 
-_TOKEN = re.compile(r"([0-9a-f]{16}):([0-9]{1,19})")
+_NONCE_BYTES, _SEQUENCE_BYTES, _TAG_BYTES = 12, 8, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,7 @@ class EventLog:
         self._ring: list[Event | None] = [None] * capacity  # event n is at n % capacity
         self._latest = 0
         self._waiting: dict[asyncio.AbstractEventLoop, set[asyncio.Future[None]]] = {}
-        self._boot = secrets.token_hex(8)
+        self._cipher = AESGCM(AESGCM.generate_key(128))  # of this process: tokens from before a restart mean nothing
         self._closed = False
 
     @property
@@ -129,17 +131,26 @@ class EventLog:
                 continue
 
     def token_of(self, sequence: int) -> str:
-        """An opaque text from which `after` gets back to the place behind this event."""
-        return base64.urlsafe_b64encode(f"{self._boot}:{sequence}".encode()).decode()
+        """An opaque text from which `after` gets back to the place behind this event.
+
+        Enciphered, since the number counts the changes of every tenant.
+        """
+        nonce = secrets.token_bytes(_NONCE_BYTES)
+        hidden = self._cipher.encrypt(nonce, sequence.to_bytes(_SEQUENCE_BYTES), None)
+        return base64.urlsafe_b64encode(nonce + hidden).decode()
 
     def after(self, token: str) -> int | None:
         """The sequence number to follow from; None when what came after it is not remembered (all of) any more.
 
         Raises InvalidRequest on field `resume_token` when it is no token.
         """
-        boot, sequence = _parse_token(token)
+        nonce, hidden = _parse_token(token)
+        try:
+            sequence = int.from_bytes(self._cipher.decrypt(nonce, hidden, None))
+        except InvalidTag:  # of another process
+            return None
         latest = self._latest
-        return sequence if boot == self._boot and latest - self._capacity <= sequence <= latest else None
+        return sequence if latest - self._capacity <= sequence <= latest else None
 
     async def follow(self, sequence: int, tenant: str | None) -> AsyncGenerator[tuple[int, Event]]:
         """Events after `sequence` with their numbers, in order, those to come too; of one tenant, or of all.
@@ -196,14 +207,15 @@ def _wake(futures: set[asyncio.Future[None]]) -> None:
             future.set_result(None)
 
 
-def _parse_token(token: str) -> tuple[str, int]:
+def _parse_token(token: str) -> tuple[bytes, bytes]:
+    """Nonce and the enciphered number."""
     try:
-        parts = _TOKEN.fullmatch(base64.b64decode(token, altchars=b"-_", validate=True).decode())
+        data = base64.b64decode(token, altchars=b"-_", validate=True)
     except (binascii.Error, ValueError):
-        parts = None
-    if parts is None:
+        data = b""
+    if len(data) != _NONCE_BYTES + _SEQUENCE_BYTES + _TAG_BYTES:
         raise InvalidRequest("resume_token", "is not a resume_token of this service; leave it empty to begin anew")
-    return parts[1], int(parts[2])
+    return data[:_NONCE_BYTES], data[_NONCE_BYTES:]
 
 
 class EventObserver(EngineObserver):

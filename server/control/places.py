@@ -35,10 +35,11 @@ class Places:
                 f"{url[:200]!r} is under no URL that this server takes adapters from ({allowed}; see --sources)",
             )
 
-    def folder(self, source: str) -> Path:
+    def folder(self, source: str, tenant: str | None = None) -> Path:
         """The folder `source` names below the root; raises InvalidRequest on field `source`.
 
-        Nothing outside the root is read or revealed: `..`, absolute paths and links that lead out are refused before
+        With `tenant` it must lie below the folder of that name: what lies elsewhere may be another tenant's, and is
+        treated as what is not there. Nothing outside the root is read or revealed: `..`, absolute paths and links that lead out are refused before
         the file system is asked whether they exist.
         """
         shown = f"{source[:200]!r}"
@@ -49,8 +50,10 @@ class Places:
             raise InvalidRequest(
                 "source", f"{shown} is no relative path; name a folder under the server's adapter root"
             )
+        _require_own(shown, tenant, tenant is None or parts.parts[0] == tenant)
         try:
             folder = (self._root / parts).resolve()
+            _require_own(shown, tenant, tenant is None or self._root / tenant in folder.parents)
             inside = folder.is_relative_to(self._root) and folder != self._root
             found = inside and folder.is_dir()
         except (OSError, RuntimeError) as error:  # a name too long, a loop of links
@@ -101,3 +104,9 @@ class Places:
             if root is not None and path.is_relative_to(root):
                 return path.relative_to(root).as_posix()
         return path.name
+
+
+def _require_own(shown: str, tenant: str | None, is_own: bool) -> None:
+    if not is_own:
+        message = f"{shown} is no folder below {tenant}/ of the server's adapter root; put the adapter there"
+        raise InvalidRequest("source", message)

@@ -23,6 +23,8 @@ from server.control.plane import ControlPlane, Deleted, Once
 from server.pb.multilora.v1 import adapters_pb2 as pb
 from server.pb.multilora.v1 import adapters_pb2_grpc
 from server.rpc.caller import (
+    aim_at,
+    caller,
     check_own,
     parse_adapter,
     parse_reference,
@@ -61,9 +63,11 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
                 tenant, name, version, await self._origin(request.source), self._registered, once
             )
 
-        return await self._plane.once(
+        reply = await self._plane.once(
             tenant, "RegisterAdapter", request, request.request_id, pb.RegisterAdapterResponse, change
         )
+        aim_at(reply.adapter.name)
+        return reply
 
     async def UploadAdapter(  # noqa: N802
         self, request_iterator: AsyncIterator[pb.UploadAdapterRequest], context: Context
@@ -78,9 +82,11 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
                 upload = await received()
                 return await self._plane.register_upload(tenant, name, version, upload, self._uploaded, once)
 
-            return await self._plane.once(
+            reply = await self._plane.once(
                 tenant, "UploadAdapter", header, header.request_id, pb.UploadAdapterResponse, change
             )
+            aim_at(reply.adapter.name)
+            return reply
 
     async def GetAdapter(  # noqa: N802
         self, request: pb.GetAdapterRequest, context: Context
@@ -146,6 +152,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         tenant, name = parse_adapter("adapter", request.adapter)
         if request.alias != DEFAULT_ALIAS:
             check_alias_name("alias", request.alias)
+        aim_at(f"tenants/{tenant}/adapters/{name}/aliases/{request.alias}")
         wanted = None if request.rollback else _wanted_alias(request, tenant, name)
         if request.rollback and (request.version or request.canary_version or request.canary_percent):
             raise InvalidRequest("rollback", "leads back to the version before; name no other with it")
@@ -167,6 +174,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         require(Role.ADAPTERS)
         tenant, name = parse_adapter("adapter", request.adapter)
         check_alias_name("alias", request.alias)
+        aim_at(f"tenants/{tenant}/adapters/{name}/aliases/{request.alias}")
 
         async def change(once: Once) -> pb.DeleteAliasResponse:
             return await self._plane.delete_alias(tenant, name, request.alias, pb.DeleteAliasResponse(), once)
@@ -224,7 +232,9 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def _origin(self, source: str) -> Origin:
         if "://" in source:
             return await self._plane.resolve_url(source)
-        return Origin(str(await asyncio.to_thread(self._plane.places.folder, source)))
+        principal = caller()
+        owner = None if principal.has(Role.OPERATOR) else principal.tenant
+        return Origin(str(await asyncio.to_thread(self._plane.places.folder, source, owner)))
 
     def _message(self, info: AdapterInfo) -> pb.Adapter:
         return adapter_message(info, self._plane.places.shown(info), self._catalogue.aliases_of(info.id))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from lora_runtime.catalogue import Catalogue
 from lora_runtime.errors import AdapterNotFound, InvalidRequest, MultiloraError
-from lora_runtime.types import BASE_NAME, AdapterInfo, AdapterRef, check_name
+from lora_runtime.types import BASE_NAME, DEFAULT_ALIAS, AdapterInfo, AdapterRef, check_name
+from server.tenancy.authenticate import AuthContext, Metadata
 from server.tenancy.model import Policy, Principal, Role
 
 
@@ -26,7 +28,10 @@ class CallInfo:
 
     principal: Principal
     policy: Policy
+    metadata: Metadata = ()  # with `auth_context`, what the principal was made of
+    auth_context: AuthContext = field(default_factory=dict[str, Any])
     target: str = ""  # the adapter it is about
+    is_denied: bool = False  # it named what is another tenant's, or nobody's
 
 
 current_call: ContextVar[CallInfo] = ContextVar("current_call")
@@ -45,6 +50,25 @@ def require(*roles: Role) -> Principal:
     return principal
 
 
+def aim_at(target: str) -> None:
+    """Note what the call is about, for the audit log."""
+    current_call.get().target = target
+
+
+def aim_at_named(request: Any) -> None:
+    """As `aim_at` for the adapter that a request names, before anything is looked up; nothing where it names none."""
+    text = getattr(request, "adapter", "") or getattr(request, "name", "")
+    tenant = getattr(request, "tenant", "")
+    try:
+        if text:
+            aim_at(_resource_name(AdapterRef.parse(text, caller().tenant)))
+        elif tenant not in ("", "-"):
+            check_name("tenant", tenant)
+            aim_at(f"tenants/{tenant}")
+    except InvalidRequest:
+        return
+
+
 def resolve(catalogue: Catalogue, reference: str, routing_key: str = "") -> AdapterInfo:
     """The adapter that the caller may ask and means.
 
@@ -54,9 +78,10 @@ def resolve(catalogue: Catalogue, reference: str, routing_key: str = "") -> Adap
     ref = parse_reference(reference)
     call = current_call.get()
     if ref.name != BASE_NAME and not call.policy.may_ask(call.principal, ref.tenant, ref.name):
+        call.is_denied = True
         raise AdapterNotFound(str(ref))
     info = catalogue.resolve(ref, routing_key)
-    call.target = info.id.resource_name
+    aim_at(info.id.resource_name)
     return info
 
 
@@ -66,7 +91,7 @@ def resolve_own(catalogue: Catalogue, reference: str) -> AdapterInfo:
     if ref.name != BASE_NAME:
         check_own(ref.tenant, str(ref))
     info = catalogue.resolve(ref)
-    current_call.get().target = info.id.resource_name
+    aim_at(info.id.resource_name)
     return info
 
 
@@ -81,6 +106,7 @@ def check_own(tenant: str, shown: str) -> None:
     """Raise AdapterNotFound unless the caller may change what belongs to `tenant`."""
     principal = caller()
     if principal.tenant != tenant and not principal.has(Role.OPERATOR):
+        current_call.get().is_denied = True
         raise AdapterNotFound(shown)
 
 
@@ -96,8 +122,8 @@ def parse_adapter(field: str, text: str) -> tuple[str, str]:
         raise InvalidRequest(field, f"{text[:140]!r} names a version or an alias; give the adapter's name alone")
     if ref.name == BASE_NAME:
         raise InvalidRequest(field, f"{BASE_NAME!r} is reserved for the base model")
+    aim_at(_resource_name(ref))
     check_own(ref.tenant, str(ref))
-    current_call.get().target = f"tenants/{ref.tenant}/adapters/{ref.name}"
     return ref.tenant, ref.name
 
 
@@ -109,3 +135,10 @@ def tenant_filter(tenant: str) -> str | None:
     if tenant not in ("", principal.tenant) and not principal.has(Role.OPERATOR):
         raise PermissionDenied(Role.OPERATOR)
     return None if tenant == "-" else tenant or principal.tenant
+
+
+def _resource_name(ref: AdapterRef) -> str:
+    name = f"tenants/{ref.tenant}/adapters/{ref.name}"
+    if ref.version is not None:
+        return f"{name}/versions/{ref.version}"
+    return name if ref.alias == DEFAULT_ALIAS else f"{name}/aliases/{ref.alias}"

@@ -1,8 +1,9 @@
-"""What every RPC of ours shares: a request id, errors as statuses, a count and a duration."""
+"""What every RPC of ours shares: a caller, a request id, errors as statuses, a count and a duration."""
 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import re
 import time
@@ -17,7 +18,7 @@ from grpc import aio
 
 from lora_runtime.errors import InvalidRequest, MultiloraError
 from server.metrics import ServerMetrics
-from server.rpc.caller import CallInfo, current_call
+from server.rpc.caller import CallInfo, aim_at_named, current_call
 from server.rpc.context import Context, remaining_seconds
 from server.rpc.errors import STATUS_DETAILS_KEY, RpcStatus, internal_status, to_status
 from server.tenancy.audit import AuditLog
@@ -39,7 +40,7 @@ Parse: TypeAlias = Callable[[bytes], Any]
 
 
 class RpcInterceptor(aio.ServerInterceptor):
-    """Wraps the methods of our own services. Others (health, reflection) pass untouched, or only with a credential."""
+    """Wraps the methods of our own services, and those of others (health, reflection) that need a credential."""
 
     def __init__(self, metrics: ServerMetrics, gate: Gate, audit: AuditLog, closed: Collection[str] = ()) -> None:
         """`closed` are prefixes of foreign methods that need a credential, such as `/grpc.reflection`."""
@@ -58,10 +59,8 @@ class RpcInterceptor(aio.ServerInterceptor):
         # None: a method that no service has; grpc answers UNIMPLEMENTED
         if handler is None:
             return None
-        if method.startswith(_OURS):
+        if method.startswith((_OURS, *self._closed)):
             return self._wrapped(handler, method.removeprefix("/"))
-        if method.startswith(self._closed) and not await self._may_enter(handler_call_details):
-            return _DENIED
         return handler
 
     def _wrapped(self, handler: Handler, method: str) -> Handler:
@@ -74,40 +73,58 @@ class RpcInterceptor(aio.ServerInterceptor):
         if handler.stream_unary is not None:
             call = self._unary(method, cast("Unary", handler.stream_unary), lambda data: _parsed_all(data, parse))
             return grpc.stream_unary_rpc_method_handler(call, None, serialise)
-        assert handler.unary_stream is not None, f"{method} streams both ways, which is not handled yet"
-        stream = self._streaming(method, cast("Streaming", handler.unary_stream), parse)
-        return grpc.unary_stream_rpc_method_handler(stream, None, serialise)
+        if handler.stream_stream is not None:
+            both = cast("Streaming", handler.stream_stream)
+            stream = self._streaming(method, both, lambda data: _parsed_all(data, parse))
+            return grpc.stream_stream_rpc_method_handler(stream, None, serialise)
+        behaviour: Any = handler.unary_stream
+        # one that is no generator writes its replies by itself, as health does
+        wrap = self._streaming if inspect.isasyncgenfunction(behaviour) else self._unary
+        return grpc.unary_stream_rpc_method_handler(
+            wrap(method, behaviour, lambda data: _parsed(data, parse)), None, serialise
+        )
 
     def _unary(self, method: str, behaviour: Unary, parse: Callable[[Any], Any]) -> Unary:
         async def call(data: Any, context: Context) -> Any:
             async with self._call(method, context):
-                return await behaviour(parse(data), context)
+                request = parse(data)
+                aim_at_named(request)
+                return await behaviour(request, context)
 
         return call
 
-    def _streaming(self, method: str, behaviour: Streaming, parse: Parse) -> Streaming:
+    def _streaming(self, method: str, behaviour: Streaming, parse: Callable[[Any], Any]) -> Streaming:
         async def call(data: Any, context: Context) -> AsyncGenerator[Any]:
-            async with self._call(method, context), aclosing(behaviour(_parsed(data, parse), context)) as replies:
-                async for reply in replies:
-                    yield reply
+            async with self._call(method, context) as info:
+                request = parse(data)
+                aim_at_named(request)
+                async with aclosing(behaviour(request, context)) as replies:
+                    async for reply in replies:
+                        await self._check_again(info)
+                        yield reply
 
         return call
+
+    async def _check_again(self, info: CallInfo) -> None:
+        """A stream may outlive its credential; raises Unauthenticated once that says something else, or nothing."""
+        if await self._gate.authenticate(info.metadata, info.auth_context) != info.principal:
+            raise Unauthenticated
 
     @asynccontextmanager
-    async def _call(self, method: str, context: Context) -> AsyncGenerator[None]:
+    async def _call(self, method: str, context: Context) -> AsyncGenerator[CallInfo]:
         """One RPC from its arrival to its end: its id, its status, its count."""
         started = time.perf_counter()
         code, reason = grpc.StatusCode.UNKNOWN, ""
         request_id = _request_id(context)
         context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
+        peer = context.peer()  # not later: gRPC crashes when it is asked after the end of the call
         info: CallInfo | None = None
         try:
-            principal = await self._gate.authenticate(
-                tuple(context.invocation_metadata() or ()), context.auth_context()
-            )
-            info = CallInfo(principal, self._gate.policy)
+            metadata, auth_context = tuple(context.invocation_metadata() or ()), context.auth_context()
+            principal = await self._gate.authenticate(metadata, auth_context)
+            info = CallInfo(principal, self._gate.policy, metadata, auth_context)
             current_call.set(info)
-            yield
+            yield info
             code = grpc.StatusCode.OK
         except MultiloraError as error:
             status, reason = to_status(error), error.reason
@@ -119,13 +136,16 @@ class RpcInterceptor(aio.ServerInterceptor):
         except (asyncio.CancelledError, GeneratorExit):
             code = _why_cancelled(context)
             raise
+        except aio.AbortError:  # a method of others ended with a status of its own
+            code = _status_of(context)
+            raise
         except Exception:  # noqa: BLE001 - the last line: nothing internal may leak to the caller
             _log.exception("request %s: %s failed unexpectedly", request_id, method)
             code = grpc.StatusCode.INTERNAL
             await _abort(context, internal_status(request_id), request_id)
         finally:
             self._metrics.observe_rpc(method, code.name, time.perf_counter() - started)
-            if method.startswith(_CONTROL) or code in _DENIALS:
+            if method.startswith(_CONTROL) or code in _DENIALS or (info is not None and info.is_denied):
                 self._audit.record(
                     info.principal if info else None,
                     method,
@@ -133,27 +153,8 @@ class RpcInterceptor(aio.ServerInterceptor):
                     request_id=request_id,
                     target=info.target if info else "",
                     reason=reason,
-                    peer=context.peer(),
+                    peer=peer,
                 )
-
-    async def _may_enter(self, details: grpc.HandlerCallDetails) -> bool:
-        """Whether a foreign method may be called; who came by a client certificate has shown it already."""
-        if self._gate.uses_client_certificates:
-            return True
-        try:
-            await self._gate.authenticate(details.invocation_metadata or (), {})
-        except Unauthenticated:
-            return False
-        return True
-
-
-async def _deny(messages: Any, context: Context) -> AsyncGenerator[Any]:
-    del messages
-    await context.abort(grpc.StatusCode.UNAUTHENTICATED, Unauthenticated().message)
-    yield  # never reached: it makes a stream of this
-
-
-_DENIED = grpc.stream_stream_rpc_method_handler(_deny)
 
 
 def _parsed(data: bytes, parse: Parse) -> Any:
@@ -180,6 +181,11 @@ def _why_cancelled(context: Context) -> grpc.StatusCode:
     remaining_s = remaining_seconds(context)
     expired = remaining_s is not None and remaining_s <= 0
     return grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
+
+
+def _status_of(context: Context) -> grpc.StatusCode:
+    number: Any = context.code()
+    return next((code for code in grpc.StatusCode if number in (code, code.value[0])), grpc.StatusCode.UNKNOWN)
 
 
 async def _abort(context: Context, status: RpcStatus, request_id: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Every variant of PEFT's LoRA is answered as PEFT answers it, unmerged, in a batch with other adapters and the base."""
+"""Every variant of PEFT's LoRA is answered as PEFT answers it, unmerged, in a batch with others and with the base."""
 
 from __future__ import annotations
 

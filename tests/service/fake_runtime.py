@@ -167,6 +167,8 @@ class FakeEngine:
         return info
 
     def _pin(self, adapter: AdapterId, pinned: bool) -> AdapterInfo:
+        if adapter.is_base:
+            raise InvalidRequest("adapter", "the base model needs no pin")
         info = self._load(adapter) if pinned else self.catalogue.get(adapter)
         return self._publish(replace(info, pinned=pinned))
 

@@ -151,6 +151,7 @@ class Failure:
     field: str | None
     retry_after_s: float | None
     request_id: str
+    quota: tuple[str, str] | None  # whose, and which limit it was
 
 
 async def failure_of(call: Any) -> Failure:
@@ -160,13 +161,14 @@ async def failure_of(call: Any) -> Failure:
     error = caught.value
     trailers = dict(error.trailing_metadata())
     status = status_pb2.Status.FromString(trailers["grpc-status-details-bin"])
-    info, bad, retry = (
+    info, bad, retry, quota = (
         error_details_pb2.ErrorInfo(),
         error_details_pb2.BadRequest(),
         error_details_pb2.RetryInfo(),
+        error_details_pb2.QuotaFailure(),
     )
     for detail in status.details:
-        for message in (info, bad, retry):
+        for message in (info, bad, retry, quota):
             detail.Unpack(message)
     assert status.code == error.code().value[0]
     assert status.message == error.details()
@@ -177,4 +179,5 @@ async def failure_of(call: Any) -> Failure:
         field=bad.field_violations[0].field if bad.field_violations else None,
         retry_after_s=retry.retry_delay.ToTimedelta().total_seconds() if retry.HasField("retry_delay") else None,
         request_id=trailers["x-request-id"],
+        quota=(quota.violations[0].subject, quota.violations[0].description) if quota.violations else None,
     )
