@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from lora_runtime.errors import MultiloraError
+from server.control_cli.given import given
 
 if TYPE_CHECKING:  # brings torch
     from lora_runtime.adapters.base_spec import BaseSpec
@@ -52,8 +53,27 @@ _MIN_WIDTH = 110  # module paths are long: a pipe or a narrow terminal wraps the
 
 
 @adapters_app.callback()
-def _group() -> None:  # pyright: ignore[reportUnusedFunction] - keeps `inspect` a command of its own name
-    """Examine adapter folders, and manage the adapters of a running server."""
+def _group(  # pyright: ignore[reportUnusedFunction] - typer's
+    token_file: Annotated[
+        Path | None,
+        typer.Option(envvar="MULTILORA_TOKEN_FILE", help="File with a key or token; or set MULTILORA_TOKEN to it."),
+    ] = None,
+    tls: Annotated[bool, typer.Option("--tls", envvar="MULTILORA_TLS", help="Talk TLS to the server.")] = False,
+    tls_ca: Annotated[
+        Path | None, typer.Option(envvar="MULTILORA_CA", help="PEM file of the CA of the server's certificate.")
+    ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(envvar="MULTILORA_CLIENT_CERT", help="PEM file of a client certificate.")
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(envvar="MULTILORA_CLIENT_KEY", help="PEM file of its private key.")
+    ] = None,
+) -> None:
+    """Examine adapter folders, and manage the adapters of a running server.
+
+    What shows who you are comes before the command: multilora adapters --token-file key.txt --tls-ca ca.pem list
+    """
+    given.set({"token_file": token_file, "tls": tls, "tls_ca": tls_ca, "tls_cert": tls_cert, "tls_key": tls_key})
 
 
 @adapters_app.command(no_args_is_help=True)

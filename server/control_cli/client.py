@@ -17,7 +17,9 @@ import grpc
 import typer
 
 from lora_runtime.errors import shown
+from server.control_cli.credentials import Credentials, CredentialsError
 from server.control_cli.failure import REFUSED, Failure
+from server.control_cli.given import given
 from server.pb.multilora.v1 import adapters_pb2_grpc
 
 Reply = TypeVar("Reply")
@@ -81,13 +83,15 @@ def connect(command: str, server: str, timeout_s: float) -> Generator[Client]:
             reconfigure(errors="backslashreplace")  # a label may have letters that the terminal's encoding lacks
     try:
         _check(server, timeout_s)
-        with grpc.insecure_channel(server, options=_OPTIONS) as channel:
+        with _credentials().channel(server, _OPTIONS) as channel:
             yield Client(channel, server, timeout_s)
     except grpc.RpcError as error:
         failure = Failure.of(error)
         end(command, failure.told(server, timeout_s), failure.exit_code)
     except ControlError as error:
         end(command, error.message, error.exit_code)
+    except CredentialsError as error:
+        end(command, str(error), WRONG)
     except UnicodeEncodeError as error:
         end(command, f"{str(error.object)[:200]!r} is not valid UTF-8", WRONG)
     except OSError as error:
@@ -96,6 +100,11 @@ def connect(command: str, server: str, timeout_s: float) -> Generator[Client]:
         end(command, str(error), REFUSED)
     except KeyboardInterrupt:
         end(command, "interrupted", INTERRUPTED)
+
+
+def _credentials() -> Credentials:
+    """What was given before the command."""
+    return Credentials(**(given.get() or {}))
 
 
 def end(command: str, message: str, exit_code: int) -> None:
