@@ -62,7 +62,7 @@ _IDLE_WAIT_S = 0.05
 class EngineSettings:
     """Bounds of one engine."""
 
-    token_budget: int = 2048  # tokens per step
+    token_budget: int = 512  # tokens per step
     max_batch_sequences: int = 256
     num_loader_threads: int = 1
     num_threads: int | None = None  # torch's intra-op threads; None leaves torch's choice
@@ -98,7 +98,7 @@ class Engine(AdapterCalls):
         self._observers = Observers()
         self._shares = Shares()
         self._scheduler = Scheduler(
-            max(settings.token_budget, base.max_length),
+            settings.token_budget,
             settings.max_batch_sequences,
             lambda tenant: self._shares.weight_of(tenant),
         )

@@ -114,18 +114,29 @@ class Room:
         own = [adapter for adapter in device.holders() if adapter.tenant == tenant]
         kept = sum(device.bytes_of(adapter) for adapter in own if adapter in self._records.pinned)
         if needed > quota - kept:
-            message = (
-                f"needs {needed} bytes, its tenant may hold {quota} and has pinned {kept}; unpin or raise the limit"
-            )
+            pins = f" and {kept} of it are pinned; unpin some, or" if kept else ";"
+            message = f"needs {needed} bytes, max_resident_mib of its tenant allows {quota}{pins} raise that limit"
             raise CapacityExceeded(f"{wait.record.info.id}: {message}", needed_bytes=needed, retry_after_s=10.0)
-        held = sum(device.bytes_of(adapter) for adapter in own)
+        excess = sum(device.bytes_of(adapter) for adapter in own) + needed - quota
         idle = {*self._idle_on_device()}
-        for adapter in sorted((a for a in own if a in idle and self._may_go(a, wait)), key=device.worth):
-            if held + needed <= quota:
+        may_go = [adapter for adapter in own if adapter in idle and self._may_go(adapter, wait)]
+        if sum(device.bytes_of(adapter) for adapter in may_go) < excess:
+            return False
+        for adapter in sorted(may_go, key=device.worth):
+            if excess <= 0:
                 break
-            held -= device.bytes_of(adapter)
+            excess -= device.bytes_of(adapter)
             self._evict(self._records[adapter])
-        return held + needed <= quota
+        return True
+
+    def is_over_quota(self, record: Record) -> bool:
+        """Whether it is its own tenant's adapters that leave it no room."""
+        device, tenant = self._memory.device, record.info.id.tenant
+        quota = self._quota_of(tenant)
+        if quota is None or record.layout is None:
+            return False
+        held = sum(device.bytes_of(adapter) for adapter in device.holders() if adapter.tenant == tenant)
+        return held + device.bytes_for(record.layout.num_elements) > quota
 
     def _idle_on_device(self) -> list[AdapterId]:
         holders = (self._records[adapter] for adapter in self._memory.device.holders())

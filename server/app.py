@@ -35,7 +35,7 @@ from server.rpc.health import Health
 from server.rpc.inference import InferenceService
 from server.rpc.interceptors import RpcInterceptor
 from server.rpc.usage import UsageService
-from server.settings import MIB, ServeSettings
+from server.settings import MIB, ServeSettings, is_loopback
 from server.startup import BackendFactory, Prepared, StartupError, load_runtime
 from server.tenancy.setup import Tenancy
 from server.tokenize import TokenizerPool
@@ -105,9 +105,9 @@ class App:
         # checked first: a failed bind of gRPC's own prints its internals
         _require_free_port("--port", settings.host, settings.port)
         try:
-            self._endpoint = MetricsEndpoint(self._metrics, settings.host, settings.metrics_port)
+            self._endpoint = MetricsEndpoint(self._metrics, settings.metrics_host, settings.metrics_port)
         except OSError as error:
-            raise _cannot_listen("--metrics-port", settings.host, settings.metrics_port, error) from error
+            raise _cannot_listen("--metrics-port", settings.metrics_host, settings.metrics_port, error) from error
         self._server = self._build_server()
         address = _address(settings.host, settings.port)
         try:
@@ -122,6 +122,8 @@ class App:
         await self._health.attach(self._server)
         if self._tenancy.gate.is_open:
             _log.warning("--auth none: anybody on this machine may do anything")
+        elif self._tenancy.credentials is None and not is_loopback(settings.host):
+            _log.warning("--host %s without TLS: keys and texts can be read on the way; see --tls-cert", settings.host)
         await self._server.start()
         self._tenancy.start()
 
@@ -176,7 +178,7 @@ class App:
             (
                 "multilora is serving",
                 f"  gRPC      {_address(self._settings.host, self.port)}",
-                f"  metrics   http://{_address(self._settings.host, self.metrics_port)}/metrics",
+                f"  metrics   http://{_address(self._settings.metrics_host, self.metrics_port)}/metrics",
                 f"  base      {self._backend.base_name}",
                 f"  adapters  {_census(adapters)}",
                 f"  state     {state}",

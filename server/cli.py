@@ -89,6 +89,7 @@ def serve(
     refuse_early: Annotated[bool | None, _flag("refuse_early")] = None,
     host: Annotated[str | None, _flag("host")] = None,
     port: Annotated[int | None, _flag("port")] = None,
+    metrics_host: Annotated[str | None, _flag("metrics_host")] = None,
     metrics_port: Annotated[int | None, _flag("metrics_port")] = None,
     preload: Annotated[str | None, _flag("preload")] = None,
     threads: Annotated[int | None, _flag("threads")] = None,

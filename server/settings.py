@@ -40,7 +40,9 @@ class ServeSettings(BaseModel):
         "forgotten, and nothing can be uploaded.",
     )
     sources: tuple[str, ...] = Field(
-        (), description="URL prefixes that clients may register adapters from, separated by commas, such as hf://org."
+        (),
+        description="URL prefixes that clients may register adapters from, separated by commas, such as hf://org; in "
+        "one with {tenant} each tenant has its own.",
     )
     auth: str = Field(
         min_length=1,
@@ -64,8 +66,11 @@ class ServeSettings(BaseModel):
     refuse_early: bool = Field(
         False, description="Refuse requests whose deadline will pass in the queue, by the current pace."
     )
-    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on, for gRPC and for metrics.")
+    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on for gRPC.")
     port: _Port = Field(50051, description="gRPC port; 0 takes any free one.")
+    metrics_host: str = Field(
+        "127.0.0.1", min_length=1, description="Address of /metrics, which asks for no credential and has no TLS."
+    )
     metrics_port: _Port = Field(9090, description="HTTP port of /metrics; 0 takes any free one.")
     preload: tuple[str, ...] = Field((), description="Adapters to load before serving, separated by commas.")
     threads: _Count | None = Field(
@@ -79,7 +84,9 @@ class ServeSettings(BaseModel):
     watch_seconds: _Seconds = Field(
         5.0, description="Seconds between two looks at the adapter folder; 0: only at start."
     )
-    token_budget: _Count = Field(2048, description="Most tokens in one batch.")
+    token_budget: _Count = Field(
+        512, description="Most tokens in one batch; a longer text has one of its own. More: others wait longer for it."
+    )
     max_batch_sequences: _Count = Field(256, description="Most sequences in one batch.")
     max_inputs: _Count = Field(256, description="Most inputs in one request.")
     max_input_chars: _Count = Field(
@@ -140,7 +147,7 @@ class ServeSettings(BaseModel):
 
     @model_validator(mode="after")
     def _is_guarded(self) -> ServeSettings:
-        if self.auth == "none" and not _is_loopback(self.host):
+        if self.auth == "none" and not is_loopback(self.host):
             raise ValueError(
                 f"--auth none answers anybody, and --host {self.host} is not loopback: name an auth file, or listen on "
                 "127.0.0.1"
@@ -161,7 +168,8 @@ class ServeSettings(BaseModel):
         return self
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether an address to listen on is reached from this machine alone."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -23,9 +23,13 @@ class Places:
         self._allowed_urls = allowed_urls
         self._state = state
 
-    def check_url(self, url: str) -> None:
-        """Raise InvalidRequest on field `source` unless the operator allows the URL."""
-        inside = any(url == prefix or url.startswith(prefix.rstrip("/") + "/") for prefix in self._allowed_urls)
+    def check_url(self, url: str, tenant: str) -> None:
+        """Raise InvalidRequest on field `source` unless the operator allows the URL to a tenant.
+
+        A prefix with `{tenant}` is each tenant's own; one without is everybody's.
+        """
+        prefixes = [prefix.replace("{tenant}", tenant) for prefix in self._allowed_urls]
+        inside = any(url == prefix or url.startswith(prefix.rstrip("/") + "/") for prefix in prefixes)
         # as clients of stores read it: they resolve %2e%2e, take a backslash for a slash, and chain URLs by "::"
         plain = unquote(url).replace("\\", "/")
         if not inside or ".." in PurePosixPath(plain).parts or "::" in plain or not plain.isprintable():
@@ -39,8 +43,8 @@ class Places:
         """The folder `source` names below the root; raises InvalidRequest on field `source`.
 
         With `tenant` it must lie below the folder of that name: what lies elsewhere may be another tenant's, and is
-        treated as what is not there. Nothing outside the root is read or revealed: `..`, absolute paths and links that lead out are refused before
-        the file system is asked whether they exist.
+        treated as what is not there. Nothing outside the root is read or revealed: `..`, absolute paths and links that
+        lead out are refused before the file system is asked whether they exist.
         """
         shown = f"{source[:200]!r}"
         if self._root is None:

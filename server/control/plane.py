@@ -153,9 +153,9 @@ class ControlPlane:
                 await asyncio.to_thread(self.uploads.remove_stored, folder)
                 raise
 
-    async def resolve_url(self, url: str) -> Origin:
+    async def resolve_url(self, url: str, tenant: str) -> Origin:
         """Pin a URL that the operator allows."""
-        self.places.check_url(url)
+        self.places.check_url(url, tenant)
         return await self._pinned(url)
 
     async def _pinned(self, url: str) -> Origin:
@@ -185,9 +185,11 @@ class ControlPlane:
     async def roll_back(
         self, tenant: str, name: str, alias_name: str, reply: Callable[[Alias], ReplyT], once: Once
     ) -> ReplyT:
-        """Lead an alias back to where it was before its last move."""
+        """Take an alias's canary away, or lead it back to where it was before its last move."""
         async with self._locks.hold((tenant, name)):
             alias = self.engine.catalogue.alias(tenant, name, alias_name)
+            if alias.canary_version is not None:
+                return await self._move(Alias(tenant, name, alias_name, alias.version), reply, once)
             if alias.previous_version is None:
                 raise NoPreviousVersion(str(alias))
             return await self._move(Alias(tenant, name, alias_name, alias.previous_version), reply, once)

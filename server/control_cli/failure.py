@@ -51,7 +51,7 @@ class Failure:
         if self.reason:
             return self.message
         if self.code is grpc.StatusCode.UNAVAILABLE:
-            return f"cannot reach {server}; is the server running? (multilora serve)"
+            return f"cannot reach {server}; is the server running? (multilora serve; with TLS it needs --tls-ca)"
         if self.code is grpc.StatusCode.UNIMPLEMENTED:
             return f"{server} does not offer this; it is an older multilora, or something else"
         return f"{self.message or 'no reason given'} ({self.code.name} from {server})"

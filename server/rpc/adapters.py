@@ -230,9 +230,9 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         return self._plane.engine.catalogue
 
     async def _origin(self, source: str) -> Origin:
-        if "://" in source:
-            return await self._plane.resolve_url(source)
         principal = caller()
+        if "://" in source:
+            return await self._plane.resolve_url(source, principal.tenant)
         owner = None if principal.has(Role.OPERATOR) else principal.tenant
         return Origin(str(await asyncio.to_thread(self._plane.places.folder, source, owner)))
 

@@ -19,7 +19,7 @@ class PermissionDenied(MultiloraError):
     reason = "PERMISSION_DENIED"
 
     def __init__(self, needed: str) -> None:
-        super().__init__(f"the credential does not allow this; it needs the role {needed!r}", role=needed)
+        super().__init__(f"the credential does not allow this; it needs the role '{needed}'", role=needed)
 
 
 @dataclass(slots=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from lora_runtime import types
-from lora_runtime.errors import InvalidRequest
+from lora_runtime.errors import AdapterNotFound, InvalidRequest
 from lora_runtime.types import AdapterInfo, AdapterState, Request, Result, Task
 from server.admission import Admission, Permits
 from server.backend import BackendSlot, Engine, completion
@@ -20,12 +20,12 @@ from server.metrics import ServerMetrics
 from server.pb.multilora.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 from server.rpc.answer_question import ANSWER_QUESTION
 from server.rpc.call import Call, CallRequest, Prepared, ReplyT, RequestT
-from server.rpc.caller import require, resolve
+from server.rpc.caller import caller, require, resolve
 from server.rpc.classify import CLASSIFY
 from server.rpc.classify_tokens import CLASSIFY_TOKENS
 from server.rpc.context import Context, remaining_seconds
 from server.rpc.embed import EMBED
-from server.tenancy.limits import TenantLimits, estimate_tokens
+from server.tenancy.limits import TenantLimits, TenantPermit, estimate_tokens
 from server.tenancy.model import Role
 from server.tokenize import TokenizerPool
 
@@ -83,7 +83,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         backend = self._slot.get()
         tenant = require(Role.INFER).tenant
         _check_routing(request)
-        info = resolve(backend.engine.catalogue, request.adapter, request.routing_key)
+        catalogue = backend.engine.catalogue
+        info = resolve(catalogue, request.adapter, request.routing_key)
         self._check_inputs(request)
         call.check(request)
         if info.card is not None:
@@ -92,22 +93,40 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             self._limits.admit(tenant, len(request.inputs), _estimated_tokens(request)) as charge,
             self._admission.permits(len(request.inputs), remaining_seconds(context)) as permits,
         ):
-            info = await _fetched(backend.engine, info)
-            card = info.card_for(call.task)
-            prepared, tokenize_s = await self._in_pool(
-                "tokenize", lambda: call.prepare(request, backend.encoder_for(info), card)
-            )
-            charge.settle_tokens(sum(sequence.num_tokens for sequence in prepared.sequences))
-            self._admit_windows(permits, len(prepared.sequences))
-            charge.grow_to(len(prepared.sequences))
-            work = _engine_request(call.task, info, prepared, context, tenant=tenant, priority=request.priority)
-            result = await _answer(backend.engine, work)
+            held = charge, permits
+            try:
+                prepared, tokenize_s, result = await self._run(call, request, context, info, held)
+            except AdapterNotFound:  # deleted meanwhile; its alias had moved on before that, or this raises again
+                info = resolve(catalogue, request.adapter, request.routing_key)
+                prepared, tokenize_s, result = await self._run(call, request, context, info, held)
             reply, interpret_s = await self._in_pool("interpret", lambda: prepared.interpret(result))
         reply.adapter = result.adapter.resource_name
         reply.version = result.adapter.version
         reply.digest = result.digest
         reply.timings.CopyFrom(_timings(result.timings, tokenize_s, interpret_s, total_s=time.perf_counter() - arrived))
         return reply
+
+    async def _run(
+        self,
+        call: Call[RequestT, ReplyT],
+        request: RequestT,
+        context: Context,
+        info: AdapterInfo,
+        held: tuple[TenantPermit, Permits],
+    ) -> tuple[Prepared[ReplyT], float, Result]:
+        """Tokenise for one adapter version and have it answer; also the seconds that tokenising took."""
+        backend, (charge, permits) = self._slot.get(), held
+        info = await _fetched(backend.engine, info)
+        card = info.card_for(call.task)
+        prepared, tokenize_s = await self._in_pool(
+            "tokenize", lambda: call.prepare(request, backend.encoder_for(info), card)
+        )
+        num_sequences = len(prepared.sequences)
+        charge.settle_tokens(sum(sequence.num_tokens for sequence in prepared.sequences))
+        self._admit_windows(permits, num_sequences)
+        charge.grow_to(num_sequences)
+        work = _engine_request(call.task, info, prepared, context, request.priority)
+        return prepared, tokenize_s, await _answer(backend.engine, work)
 
     def _check_inputs(self, request: CallRequest) -> None:
         num_inputs = len(request.inputs)
@@ -183,7 +202,7 @@ async def _answer(engine: Engine, work: Request) -> Result:
 
 
 def _engine_request(
-    task: Task, info: AdapterInfo, prepared: Prepared[ReplyT], context: Context, *, tenant: str, priority: int
+    task: Task, info: AdapterInfo, prepared: Prepared[ReplyT], context: Context, priority: int
 ) -> Request:
     remaining_s = remaining_seconds(context)
     return Request(
@@ -194,7 +213,7 @@ def _engine_request(
         deadline_monotonic=None if remaining_s is None else time.monotonic() + remaining_s,
         pooling=prepared.pooling,
         input_of=prepared.input_of,
-        tenant=tenant,
+        tenant=caller().tenant,
         priority=priority,
     )
 

@@ -29,6 +29,10 @@ REQUEST_ID_KEY = "x-request-id"
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _OURS = "/multilora."
 _CONTROL = "multilora.v1.AdapterService/"
+_CHANGES = frozenset(
+    {"RegisterAdapter", "UploadAdapter", "LoadAdapter", "UnloadAdapter", "PinAdapter", "DeleteAdapter"}
+    | {"SetAlias", "DeleteAlias"}
+)
 _DENIALS = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 
 _log = logging.getLogger(__name__)
@@ -71,11 +75,11 @@ class RpcInterceptor(aio.ServerInterceptor):
             call = self._unary(method, cast("Unary", handler.unary_unary), lambda data: _parsed(data, parse))
             return grpc.unary_unary_rpc_method_handler(call, None, serialise)
         if handler.stream_unary is not None:
-            call = self._unary(method, cast("Unary", handler.stream_unary), lambda data: _parsed_all(data, parse))
+            call = self._unary(method, cast("Unary", handler.stream_unary), lambda data: self._parsed_all(data, parse))
             return grpc.stream_unary_rpc_method_handler(call, None, serialise)
         if handler.stream_stream is not None:
             both = cast("Streaming", handler.stream_stream)
-            stream = self._streaming(method, both, lambda data: _parsed_all(data, parse))
+            stream = self._streaming(method, both, lambda data: self._parsed_all(data, parse))
             return grpc.stream_stream_rpc_method_handler(stream, None, serialise)
         behaviour: Any = handler.unary_stream
         # one that is no generator writes its replies by itself, as health does
@@ -109,6 +113,11 @@ class RpcInterceptor(aio.ServerInterceptor):
         """A stream may outlive its credential; raises Unauthenticated once that says something else, or nothing."""
         if await self._gate.authenticate(info.metadata, info.auth_context) != info.principal:
             raise Unauthenticated
+
+    async def _parsed_all(self, messages: AsyncIterator[bytes], parse: Parse) -> AsyncIterator[Any]:
+        async for data in messages:
+            await self._check_again(current_call.get())
+            yield _parsed(data, parse)
 
     @asynccontextmanager
     async def _call(self, method: str, context: Context) -> AsyncGenerator[CallInfo]:
@@ -145,7 +154,7 @@ class RpcInterceptor(aio.ServerInterceptor):
             await _abort(context, internal_status(request_id), request_id)
         finally:
             self._metrics.observe_rpc(method, code.name, time.perf_counter() - started)
-            if method.startswith(_CONTROL) or code in _DENIALS or (info is not None and info.is_denied):
+            if method.removeprefix(_CONTROL) in _CHANGES or code in _DENIALS or (info is not None and info.is_denied):
                 self._audit.record(
                     info.principal if info else None,
                     method,
@@ -162,11 +171,6 @@ def _parsed(data: bytes, parse: Parse) -> Any:
         return parse(data)
     except DecodeError as error:
         raise InvalidRequest("request", "is no message of this method; check the client's protos") from error
-
-
-async def _parsed_all(messages: AsyncIterator[bytes], parse: Parse) -> AsyncIterator[Any]:
-    async for data in messages:
-        yield _parsed(data, parse)
 
 
 def _request_id(context: Context) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from lora_runtime.adapters.variants import support_table
 from tests.benchmarks.adapters_table import adapters_table
+from tests.benchmarks.tenants_table import tenants_table
 from tests.conformance.cases import CASES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,7 +103,7 @@ def encoder_table(name: str, result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-_RESULTS = {"encoder": encoder_table, "adapters": adapters_table}
+_RESULTS = {"encoder": encoder_table, "adapters": adapters_table, "tenants": tenants_table}
 
 
 def _spread(spread: dict[str, float], digits: int) -> str:

@@ -21,7 +21,7 @@ def test_a_stale_stub_is_named(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "protos", tmp_path / "protos")
     shutil.copytree(ROOT / "server" / "pb", tmp_path / "server" / "pb")
     proto = tmp_path / "protos" / "multilora" / "v1" / "inference.proto"
-    proto.write_text(proto.read_text().replace("bool truncate = 5;", "bool truncate = 6;"))
+    proto.write_text(proto.read_text().replace("bool return_logits = 4;", "bool return_logits = 40;"))
     done = subprocess.run(GENERATE, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "server/pb/multilora/v1/inference_pb2.py: differs" in done.stderr

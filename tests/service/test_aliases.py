@@ -117,8 +117,9 @@ async def test_a_move_to_where_it_is_keeps_the_way_back(news: Harness) -> None:
     await move(news, "prod", 2)
     assert (await move(news, "prod", 2)).previous_version == 1
     assert (await move(news, "prod", 2, canary_version=1, canary_percent=10)).previous_version == 1
-    back = await roll_back(news, "prod")
-    assert (back.version, back.canary_version, back.canary_percent) == (1, 0, 0)
+    for version in (2, 1):  # first the canary goes, then the version
+        back = await roll_back(news, "prod")
+        assert (back.version, back.canary_version, back.canary_percent) == (version, 0, 0)
 
 
 async def test_an_alias_that_never_moved_has_nothing_to_roll_back_to(news: Harness) -> None:
@@ -259,7 +260,7 @@ async def test_aliases_outlive_a_restart(news_root: Path, tmp_path: Path) -> Non
         assert await aliases(server) == before
         assert before["prod"].previous_version == 1
         assert await answers(server, "news") == 2
-        assert (await roll_back(server, "prod")).version == 1
+        assert [(await roll_back(server, "prod")).version for _ in range(2)] == [2, 1]
 
 
 async def test_the_default_stays_where_it_was_though_a_lower_version_comes(tmp_path: Path) -> None:
@@ -278,3 +279,19 @@ async def test_a_weighted_alias_loses_only_the_version_whose_folder_went(news_ro
     (news_root / "news" / "2" / "adapter_config.json").unlink()
     async with running(news_root, state=tmp_path / "state") as server:
         assert set(await answers_by_key(server, "news@prod", 20)) == {1}
+
+
+async def test_a_request_whose_version_is_deleted_meanwhile_follows_its_alias(news: Harness) -> None:
+    """To replace a version and delete the old one fails nobody who asked by the name; who named the version is told."""
+    assert news.runtime is not None
+    news.runtime.tokenizer_gate.clear()
+    names = ("news", "news@default", "tenants/default/adapters/news")
+    by_name = [asyncio.ensure_future(answers(news, name)) for name in names]
+    by_version = asyncio.ensure_future(failure_of(answers(news, "news@1")))
+    await news.until_admitted(4)
+    await move(news, "default", 2)
+    await news.adapters.DeleteAdapter(pb.DeleteAdapterRequest(adapter="news@1"))
+    news.runtime.tokenizer_gate.set()
+    assert await asyncio.gather(*by_name) == [2, 2, 2]
+    assert (await by_version).code is grpc.StatusCode.NOT_FOUND
+    assert await news.sample("multilora_admitted_sequences") == 0

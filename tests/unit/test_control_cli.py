@@ -433,7 +433,7 @@ def test_no_server_is_exit_3(cli: Cli, command: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         target = f"127.0.0.1:{closed.getsockname()[1]}"
     line = cli.refused(*command.split(), exit_code=3, server=target)
-    assert f"cannot reach {target}; is the server running? (multilora serve)" in line
+    assert f"cannot reach {target}; is the server running? (multilora serve; with TLS it needs --tls-ca)" in line
 
 
 def test_an_answer_that_takes_too_long_names_the_timeout(cli: Cli) -> None:

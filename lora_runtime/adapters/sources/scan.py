@@ -176,7 +176,10 @@ def _is_digits(name: str) -> bool:
 
 def _several(homes: Collection[str]) -> str:
     names = ", ".join(sorted(homes)[:10])
-    return f"holds {len(homes)} adapters in sub-folders ({names}); give each a folder of its own"
+    return (
+        f"holds {len(homes)} adapters in sub-folders ({names}); move the files of each into a folder 1 in it, as "
+        "TENANT/ADAPTER/1, or into a folder of the root"
+    )
 
 
 def _reason(error: OSError | LinkLoop) -> str:

@@ -296,8 +296,9 @@ class RegisterAdapterRequest(_message.Message):
     version: _builtins.int
     """Version, a positive integer. Unset: one more than the highest registered version of this name."""
     source: _builtins.str
-    """Folder of the adapter relative to the server's adapter root, such as `news-v2`; or a URL under one of the prefixes
-    that the server was started with, such as `s3://bucket/news-v2` or `hf://org/news@main`.
+    """Folder of the adapter relative to the server's adapter root, such as `acme/drafts/news-v2`, which must lie below the
+    folder of the caller's tenant unless an operator calls; or a URL under one of the prefixes that the server was
+    started with, such as `s3://bucket/news-v2` or `hf://org/news@main`.
     """
     request_id: _builtins.str
     """Makes a repetition harmless; at most 128 characters. Empty: each call stands for itself."""
@@ -534,7 +535,7 @@ class ListAdaptersRequest(_message.Message):
     page_token: _builtins.str
     """`next_page_token` of the page before, with the same filters; empty for the first page."""
     tenant: _builtins.str
-    """Only this tenant's. Empty: `default`. `-`: of all tenants."""
+    """Whose. Empty: the caller's own. `-`: of all tenants. Another tenant's, or all, for an operator alone."""
     name_prefix: _builtins.str
     """Only adapters whose name begins so."""
     state: Global___AdapterState.ValueType
@@ -931,7 +932,7 @@ class WatchAdaptersRequest(_message.Message):
     TENANT_FIELD_NUMBER: _builtins.int
     RESUME_TOKEN_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
-    """Only this tenant's. Empty: `default`. `-`: of all tenants."""
+    """Whose, as in ListAdaptersRequest."""
     resume_token: _builtins.str
     """`resume_token` of the last message that was read; empty to begin with what there is. A token that is too old, or
     from before a restart, begins with what there is as well.

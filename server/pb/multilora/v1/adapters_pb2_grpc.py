@@ -32,6 +32,12 @@ class AdapterServiceStub:
     `tenants/T/adapters/A`, `.../versions/V` or `.../aliases/L`. A bare name follows the alias `default`, which starts at
     the first version and moves only when SetAlias moves it.
 
+    A tenant reads and changes its own adapters; an operator those of every tenant. Another tenant's adapter is NOT_FOUND,
+    as one that does not exist. One that its owner shares can be asked, and looked up with GetAdapter, by its full name; it
+    is not listed or watched, and not changed. Every rpc that changes something needs the role `adapters`.
+
+    Errors of every rpc: UNAUTHENTICATED, PERMISSION_DENIED (the credential lacks a role).
+
     Calls that change something take a `request_id`: a repetition with the same id and content changes nothing and gets
     the first answer again, also after a restart of the server. They are durable when they are answered, if the server
     has a state directory.
@@ -107,6 +113,12 @@ class AdapterServiceServicer:
     `tenants/T/adapters/A`, `.../versions/V` or `.../aliases/L`. A bare name follows the alias `default`, which starts at
     the first version and moves only when SetAlias moves it.
 
+    A tenant reads and changes its own adapters; an operator those of every tenant. Another tenant's adapter is NOT_FOUND,
+    as one that does not exist. One that its owner shares can be asked, and looked up with GetAdapter, by its full name; it
+    is not listed or watched, and not changed. Every rpc that changes something needs the role `adapters`.
+
+    Errors of every rpc: UNAUTHENTICATED, PERMISSION_DENIED (the credential lacks a role).
+
     Calls that change something take a `request_id`: a repetition with the same id and content changes nothing and gets
     the first answer again, also after a restart of the server. They are durable when they are answered, if the server
     has a state directory.
@@ -146,9 +158,11 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListAdapters(self, request, context):
-        """Lists adapter versions, refused ones included, ordered by tenant, name and version.
+        """Lists adapter versions, refused ones included, ordered by tenant, name and version: the caller's own, without those
+        that others share with it.
 
-        Errors: INVALID_ARGUMENT (a filter, `page_size` or `page_token` is wrong).
+        Errors: INVALID_ARGUMENT (a filter, `page_size` or `page_token` is wrong), PERMISSION_DENIED (another tenant's list,
+        for a caller that is no operator).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -225,7 +239,8 @@ class AdapterServiceServicer:
         that resumes from `resume_token` gets what it missed. A reader that is too slow is ended with ABORTED and can
         resume.
 
-        Errors: INVALID_ARGUMENT, ABORTED, UNAVAILABLE (the server stops).
+        Errors: INVALID_ARGUMENT, ABORTED, UNAVAILABLE (the server stops), PERMISSION_DENIED (as ListAdapters),
+        UNAUTHENTICATED (also later: the credential has expired or was revoked; resume with a new one).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -303,6 +318,12 @@ class AdapterService:
     `adapter` in requests is `name`, `name@version`, `name@alias`, each also with `tenant/` before it, or a resource name
     `tenants/T/adapters/A`, `.../versions/V` or `.../aliases/L`. A bare name follows the alias `default`, which starts at
     the first version and moves only when SetAlias moves it.
+
+    A tenant reads and changes its own adapters; an operator those of every tenant. Another tenant's adapter is NOT_FOUND,
+    as one that does not exist. One that its owner shares can be asked, and looked up with GetAdapter, by its full name; it
+    is not listed or watched, and not changed. Every rpc that changes something needs the role `adapters`.
+
+    Errors of every rpc: UNAUTHENTICATED, PERMISSION_DENIED (the credential lacks a role).
 
     Calls that change something take a `request_id`: a repetition with the same id and content changes nothing and gets
     the first answer again, also after a restart of the server. They are durable when they are answered, if the server

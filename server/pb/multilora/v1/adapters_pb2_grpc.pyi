@@ -33,6 +33,12 @@ class AdapterServiceStub:
     `tenants/T/adapters/A`, `.../versions/V` or `.../aliases/L`. A bare name follows the alias `default`, which starts at
     the first version and moves only when SetAlias moves it.
 
+    A tenant reads and changes its own adapters; an operator those of every tenant. Another tenant's adapter is NOT_FOUND,
+    as one that does not exist. One that its owner shares can be asked, and looked up with GetAdapter, by its full name; it
+    is not listed or watched, and not changed. Every rpc that changes something needs the role `adapters`.
+
+    Errors of every rpc: UNAUTHENTICATED, PERMISSION_DENIED (the credential lacks a role).
+
     Calls that change something take a `request_id`: a repetition with the same id and content changes nothing and gets
     the first answer again, also after a restart of the server. They are durable when they are answered, if the server
     has a state directory.
@@ -64,9 +70,11 @@ class AdapterServiceStub:
     Errors: NOT_FOUND, INVALID_ARGUMENT.
     """
     ListAdapters: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]
-    """Lists adapter versions, refused ones included, ordered by tenant, name and version.
+    """Lists adapter versions, refused ones included, ordered by tenant, name and version: the caller's own, without those
+    that others share with it.
 
-    Errors: INVALID_ARGUMENT (a filter, `page_size` or `page_token` is wrong).
+    Errors: INVALID_ARGUMENT (a filter, `page_size` or `page_token` is wrong), PERMISSION_DENIED (another tenant's list,
+    for a caller that is no operator).
     """
     LoadAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.LoadAdapterRequest, _adapters_pb2.LoadAdapterResponse]
     """Loads an adapter into device memory, so that its first request does not wait. Loading a resident adapter
@@ -115,7 +123,8 @@ class AdapterServiceStub:
     that resumes from `resume_token` gets what it missed. A reader that is too slow is ended with ABORTED and can
     resume.
 
-    Errors: INVALID_ARGUMENT, ABORTED, UNAVAILABLE (the server stops).
+    Errors: INVALID_ARGUMENT, ABORTED, UNAVAILABLE (the server stops), PERMISSION_DENIED (as ListAdapters),
+    UNAUTHENTICATED (also later: the credential has expired or was revoked; resume with a new one).
     """
 
 @_typing.type_check_only
@@ -125,6 +134,12 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     `adapter` in requests is `name`, `name@version`, `name@alias`, each also with `tenant/` before it, or a resource name
     `tenants/T/adapters/A`, `.../versions/V` or `.../aliases/L`. A bare name follows the alias `default`, which starts at
     the first version and moves only when SetAlias moves it.
+
+    A tenant reads and changes its own adapters; an operator those of every tenant. Another tenant's adapter is NOT_FOUND,
+    as one that does not exist. One that its owner shares can be asked, and looked up with GetAdapter, by its full name; it
+    is not listed or watched, and not changed. Every rpc that changes something needs the role `adapters`.
+
+    Errors of every rpc: UNAUTHENTICATED, PERMISSION_DENIED (the credential lacks a role).
 
     Calls that change something take a `request_id`: a repetition with the same id and content changes nothing and gets
     the first answer again, also after a restart of the server. They are durable when they are answered, if the server
@@ -154,9 +169,11 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     Errors: NOT_FOUND, INVALID_ARGUMENT.
     """
     ListAdapters: _aio.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]  # type: ignore[assignment]
-    """Lists adapter versions, refused ones included, ordered by tenant, name and version.
+    """Lists adapter versions, refused ones included, ordered by tenant, name and version: the caller's own, without those
+    that others share with it.
 
-    Errors: INVALID_ARGUMENT (a filter, `page_size` or `page_token` is wrong).
+    Errors: INVALID_ARGUMENT (a filter, `page_size` or `page_token` is wrong), PERMISSION_DENIED (another tenant's list,
+    for a caller that is no operator).
     """
     LoadAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.LoadAdapterRequest, _adapters_pb2.LoadAdapterResponse]  # type: ignore[assignment]
     """Loads an adapter into device memory, so that its first request does not wait. Loading a resident adapter
@@ -205,7 +222,8 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     that resumes from `resume_token` gets what it missed. A reader that is too slow is ended with ABORTED and can
     resume.
 
-    Errors: INVALID_ARGUMENT, ABORTED, UNAVAILABLE (the server stops).
+    Errors: INVALID_ARGUMENT, ABORTED, UNAVAILABLE (the server stops), PERMISSION_DENIED (as ListAdapters),
+    UNAUTHENTICATED (also later: the credential has expired or was revoked; resume with a new one).
     """
 
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -214,6 +232,12 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
     `adapter` in requests is `name`, `name@version`, `name@alias`, each also with `tenant/` before it, or a resource name
     `tenants/T/adapters/A`, `.../versions/V` or `.../aliases/L`. A bare name follows the alias `default`, which starts at
     the first version and moves only when SetAlias moves it.
+
+    A tenant reads and changes its own adapters; an operator those of every tenant. Another tenant's adapter is NOT_FOUND,
+    as one that does not exist. One that its owner shares can be asked, and looked up with GetAdapter, by its full name; it
+    is not listed or watched, and not changed. Every rpc that changes something needs the role `adapters`.
+
+    Errors of every rpc: UNAUTHENTICATED, PERMISSION_DENIED (the credential lacks a role).
 
     Calls that change something take a `request_id`: a repetition with the same id and content changes nothing and gets
     the first answer again, also after a restart of the server. They are durable when they are answered, if the server
@@ -265,9 +289,11 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.ListAdaptersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.ListAdaptersResponse, _abc.Awaitable[_adapters_pb2.ListAdaptersResponse]]:
-        """Lists adapter versions, refused ones included, ordered by tenant, name and version.
+        """Lists adapter versions, refused ones included, ordered by tenant, name and version: the caller's own, without those
+        that others share with it.
 
-        Errors: INVALID_ARGUMENT (a filter, `page_size` or `page_token` is wrong).
+        Errors: INVALID_ARGUMENT (a filter, `page_size` or `page_token` is wrong), PERMISSION_DENIED (another tenant's list,
+        for a caller that is no operator).
         """
 
     @_abc_1.abstractmethod
@@ -358,7 +384,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         that resumes from `resume_token` gets what it missed. A reader that is too slow is ended with ABORTED and can
         resume.
 
-        Errors: INVALID_ARGUMENT, ABORTED, UNAVAILABLE (the server stops).
+        Errors: INVALID_ARGUMENT, ABORTED, UNAVAILABLE (the server stops), PERMISSION_DENIED (as ListAdapters),
+        UNAUTHENTICATED (also later: the credential has expired or was revoked; resume with a new one).
         """
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
