@@ -28,19 +28,19 @@ def _many(part: dict[str, Any], scale: dict[str, Any]) -> list[str]:
     targets, start, lists = part["targets"], part["start"], part["list_seconds"]
     many = f"{scale['registered']:,} adapters registered, {scale['resident']:,} in memory, {scale['asked']} asked"
     return [
-        _row(f"texts/s, {scale['few']} adapters registered and asked", _spread(part["texts_per_second"]["few"], 0)),
-        _row(f"texts/s, {many}", _spread(part["texts_per_second"]["many"], 0)),
-        _row("the second ÷ the first", _spread(part["ratio"], 2), targets["throughput, many ÷ few"]),
-        _row("the same, both asked for the same few adapters", _spread(part["ratio_same_requests"], 2)),
-        _row(
+        row(f"texts/s, {scale['few']} adapters registered and asked", spread(part["texts_per_second"]["few"], 0)),
+        row(f"texts/s, {many}", spread(part["texts_per_second"]["many"], 0)),
+        row("the second ÷ the first", spread(part["ratio"], 2), targets["throughput, many ÷ few"]),
+        row("the same, both asked for the same few adapters", spread(part["ratio_same_requests"], 2)),
+        row(
             f"`ListAdapters`, a page of 1000 of {scale['registered']:,}",
-            _spread(lists["1000"], 0, 1e3, " ms"),
+            spread(lists["1000"], 0, 1e3, " ms"),
             targets["ListAdapters, page of 1000, seconds"],
             (1e3, " ms"),
         ),
-        _row(
+        row(
             f"start with {scale['registered']:,} folders, without the base's load",
-            _spread(start["seconds"], 1, 1, " s"),
+            spread(start["seconds"], 1, 1, " s"),
             targets["start-up without the base's load, seconds"],
             (1, " s"),
         ),
@@ -50,28 +50,28 @@ def _many(part: dict[str, Any], scale: dict[str, Any]) -> list[str]:
 def _cold(part: dict[str, Any], scale: dict[str, Any]) -> list[str]:
     ratio = part["targets"]["cold answer ÷ (bytes + one warm answer)"]
     return [
-        _row(
+        row(
             f"first answer of an adapter that is not in memory, {scale['cold']} of them",
-            _spread(part["seconds"]["cold"], 1, 1e3, " ms"),
+            spread(part["seconds"]["cold"], 1, 1e3, " ms"),
         ),
-        _row("an answer of one that is", _spread(part["seconds"]["warm"], 1, 1e3, " ms")),
-        _row("the first ÷ (the second + reading and copying its bytes), medians", f"{ratio['value']:.2f}", ratio),
+        row("an answer of one that is", spread(part["seconds"]["warm"], 1, 1e3, " ms")),
+        row("the first ÷ (the second + reading and copying its bytes), medians", f"{ratio['value']:.2f}", ratio),
     ]
 
 
 def _storm(part: dict[str, Any], scale: dict[str, Any]) -> list[str]:
     targets = part["targets"]
     return [
-        _row(
+        row(
             f"p99 of {scale['storm_clients']} clients, nothing loaded",
-            _spread(part["p99_seconds"]["quiet"], 0, 1e3, " ms"),
+            spread(part["p99_seconds"]["quiet"], 0, 1e3, " ms"),
         ),
-        _row(
+        row(
             f"p99 while {scale['loads_per_s']:g} other adapters are loaded and unloaded each second",
-            _spread(part["p99_seconds"]["storm"], 0, 1e3, " ms"),
+            spread(part["p99_seconds"]["storm"], 0, 1e3, " ms"),
         ),
-        _row("the second ÷ the first", _spread(part["ratio_p99"], 2), targets["p99 in the storm ÷ p99 before it"]),
-        _row(f"failed calls, {part['loads']} loads", str(part["failed"]), targets["failed calls"]),
+        row("the second ÷ the first", spread(part["ratio_p99"], 2), targets["p99 in the storm ÷ p99 before it"]),
+        row(f"failed calls, {part['loads']} loads", str(part["failed"]), targets["failed calls"]),
     ]
 
 
@@ -79,9 +79,9 @@ def _replace(part: dict[str, Any], scale: dict[str, Any]) -> list[str]:
     counts, targets = part["counts"], part["targets"]
     label = f"{scale['replace_clients']} clients, {part['moves']} moves of an alias, {counts['answered']:,} answers"
     return [
-        _row(f"{label}: failed", str(counts["failed"]), targets["failed calls"]),
-        _row(f"{label}: of neither version", str(counts["neither"]), targets["answers of neither version"]),
-        _row(f"{label}: old after the move was answered", str(counts["old"]), targets["old answers after a move"]),
+        row(f"{label}: failed", str(counts["failed"]), targets["failed calls"]),
+        row(f"{label}: of neither version", str(counts["neither"]), targets["answers of neither version"]),
+        row(f"{label}: old after the move was answered", str(counts["old"]), targets["old answers after a move"]),
     ]
 
 
@@ -91,9 +91,9 @@ def _memory(part: dict[str, Any], scale: dict[str, Any]) -> list[str]:
     after = targets["arena bytes after unloading all"]
     operations = sum(churn["operations"].values())
     return [
-        _row("bytes of memory ÷ bytes of parameters, the largest of five shapes", f"{ratio['value']:.4f}", ratio),
-        _row("bytes held after everything was unloaded", f"{after['value']:.0f}", after),
-        _row(
+        row("bytes of memory ÷ bytes of parameters, the largest of five shapes", f"{ratio['value']:.4f}", ratio),
+        row("bytes held after everything was unloaded", f"{after['value']:.0f}", after),
+        row(
             f"growth of the process over {operations:,} loads, unloads and answers of one adapter by "
             f"{scale['churn_threads']} threads",
             f"{churn['rss_growth_bytes'] / 2**20:.1f} MiB",
@@ -104,7 +104,7 @@ def _memory(part: dict[str, Any], scale: dict[str, Any]) -> list[str]:
 _ROWS = {"many": _many, "cold": _cold, "storm": _storm, "replace": _replace, "memory": _memory}
 
 
-def _row(label: str, value: str, target: dict[str, Any] | None = None, unit: tuple[float, str] = (1, "")) -> str:
+def row(label: str, value: str, target: dict[str, Any] | None = None, unit: tuple[float, str] = (1, "")) -> str:
     if target is None:
         return f"| {label} | {value} | |"
     factor, name = unit
@@ -113,6 +113,6 @@ def _row(label: str, value: str, target: dict[str, Any] | None = None, unit: tup
     return f"| {label} | {value} | {sign} {limit * factor:g}{name}{missed} |"
 
 
-def _spread(spread: dict[str, Any], digits: int, factor: float = 1, unit: str = "") -> str:
+def spread(spread: dict[str, Any], digits: int, factor: float = 1, unit: str = "") -> str:
     median, low, high = (f"{spread[key] * factor:.{digits}f}" for key in ("median", "low", "high"))
     return f"{median}{unit} ({low} to {high})"

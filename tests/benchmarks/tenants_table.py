@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.benchmarks.adapters_table import _row as row
-from tests.benchmarks.adapters_table import _spread as spread
+from tests.benchmarks.adapters_table import row, spread
 
 
 def tenants_table(name: str, result: dict[str, Any]) -> str:
