@@ -37,7 +37,6 @@ from lora_runtime.types import AdapterId, AdapterState
 
 _MAX_RUNNING = 8  # loads whose files are being fetched or read: what they hold beside the budgets is bounded
 _MAX_OVERTAKEN = 8  # times that others may get room before the one that waits for it
-_MAX_EXAMINED = 256  # loads that are looked at between two steps
 _MAX_BLOCKED = 8  # loads without room that are looked at between two steps
 
 
@@ -123,15 +122,19 @@ class Loads:
         times, so that small adapters cannot keep a large one out.
         """
         blocked: list[Record] = []
-        oldest = sorted(self._queue.items(), key=lambda item: item[1])
-        for adapter, since in oldest[:_MAX_EXAMINED]:
+        full: set[str] = set()  # tenants at their quota: what waits for its own tenant holds up nobody else
+        for adapter, since in sorted(self._queue.items(), key=lambda item: item[1]):
             if len(self._running) >= _MAX_RUNNING or len(blocked) >= _MAX_BLOCKED:
                 break
+            if adapter.tenant in full:
+                continue
             record = self._records[adapter]
             if self._take_step(record, since, wanted):
                 for other in blocked:
                     other.overtaken += 1
-            elif not self._room.is_over_quota(record):  # one that waits for its own tenant holds up nobody else
+            elif self._room.is_over_quota(record):
+                full.add(adapter.tenant)
+            else:
                 blocked.append(record)
                 if record.overtaken >= _MAX_OVERTAKEN:
                     break

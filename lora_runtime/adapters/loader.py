@@ -255,7 +255,9 @@ class AdapterLoader:
 
 
 def _typed(adapter: AdapterId, error: Exception) -> MultiloraError:
+    """A reason to keep: without its traceback, whose frames hold the files that were read."""
     if isinstance(error, MultiloraError):
+        error.__traceback__ = error.__cause__ = error.__context__ = None
         return error
     if isinstance(error, OSError):
         where = Path(error.filename).name if error.filename else str(adapter)

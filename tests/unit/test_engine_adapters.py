@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 
 from lora_runtime.adapters.loader import LocalFolder
 from lora_runtime.adapters.sources.api import Origin
@@ -24,7 +25,8 @@ from lora_runtime.errors import (
     LoadCancelled,
     SourceUnavailable,
 )
-from lora_runtime.types import AdapterState, Alias, Request, Task, TokenSequence
+from lora_runtime.shares import Shares
+from lora_runtime.types import AdapterId, AdapterState, Alias, Request, Task, TokenSequence
 from tests.fakes import FakeRunner, fake_spec
 from tests.unit.test_engine import adapter_id, save
 
@@ -291,3 +293,41 @@ def test_folders_that_nobody_asked_for_are_examined_in_the_background(make: Call
     (bad / "adapter_config.json").write_text((good / "adapter_config.json").read_text())
     assert rig.engine.examine(adapter_id(2)).result(5).state is AdapterState.REGISTERED
     assert rig.ask(2) == 5.0
+
+
+class OneForSmall(Shares):
+    """The tenant `small` may hold one adapter."""
+
+    def resident_bytes_of(self, tenant: str) -> int | None:
+        return 320 if tenant == "small" else None
+
+
+def test_loads_that_wait_for_their_own_tenants_quota_hold_up_nobody_else(make: Callable[..., Rig]) -> None:
+    rig = make()
+    rig.engine.use_shares(OneForSmall())
+    folder = save(rig.root / "shared", 1)
+    small = [AdapterId("small", f"a{number}", 1) for number in range(20)]
+    for adapter in small:
+        rig.engine.register(adapter, folder).result(5)
+    rig.engine.load(small[0]).result(5)
+    rig.engine.hold(small[:1])
+    waiting = [rig.engine.load(adapter) for adapter in small[1:]]  # more than are looked at without room
+    rig.add(5)
+    assert rig.engine.load(adapter_id(5)).result(5).state is AdapterState.READY
+    assert rig.ask(5) == 8.0
+    assert not any(load.done() for load in waiting)
+    assert sum(info.resident_bytes for info in rig.engine.catalogue.list("small")) <= 320
+
+
+def test_a_refusal_that_is_kept_keeps_no_file_in_memory(make: Callable[..., Rig]) -> None:
+    """The frames of its traceback would hold what was read of the files."""
+    rig = make()
+    rig.add(1)
+    tensors = safetensors.torch.load_file(rig.root / "a1-1" / "adapter_model.safetensors")
+    tensors["base_model.model.classifier.bias"][0] = float("nan")
+    safetensors.torch.save_file(tensors, rig.root / "a1-1" / "adapter_model.safetensors")
+    with pytest.raises(AdapterFailed, match="NaN"):
+        rig.engine.load(adapter_id(1)).result(5)
+    failure = rig.engine.catalogue.get(adapter_id(1)).failure
+    assert failure is not None
+    assert failure.__traceback__ is failure.__cause__ is failure.__context__ is None
