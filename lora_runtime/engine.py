@@ -94,7 +94,6 @@ class Engine(AdapterCalls):
         from local folders alone."""
         self._runner = runner
         self._settings = settings
-        self._arena = arena
         self._observers = Observers()
         self._shares = Shares()
         self._scheduler = Scheduler(
@@ -128,10 +127,6 @@ class Engine(AdapterCalls):
         self.ended: Future[None] = Future()  # done when the thread ends: with EngineStopped when it failed
 
     # Any thread
-
-    @property
-    def arena_bytes(self) -> int:
-        return self._arena.num_bytes
 
     def add_observer(self, observer: EngineObserver) -> None:
         """Register before `start`."""

@@ -110,7 +110,7 @@ class Runtime:
         """
         folder = Path(path)
         adapter = AdapterId(DEFAULT_TENANT, name or folder.resolve().name, version)
-        known = next((info for info in self.engine.catalogue.all() if info.id == adapter), None)
+        known = self.engine.catalogue.find(adapter)
         if known is None or known.state is not AdapterState.FAILED or known.path != folder:
             self.engine.register(adapter, folder).result()
         return self.engine.load(adapter).result()

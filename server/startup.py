@@ -127,14 +127,16 @@ def _pinned(scan: Scan, fetcher: Fetcher) -> dict[AdapterId, Origin]:
 
     def pin(adapter: AdapterId, found: Found) -> Origin | None:
         try:
-            return fetcher.resolve(found.url, never) if "://" in found.url else Origin(found.url)
+            return fetcher.resolve(found.url, never)
         except MultiloraError as error:
             _log.warning("adapter %s is not listed: %s", adapter, error.message)
             return None
 
+    local = {adapter: Origin(found.url) for adapter, found in scan.found.items() if "://" not in found.url}
+    remote = {adapter: found for adapter, found in scan.found.items() if adapter not in local}
     with ThreadPoolExecutor(_MAX_RESOLVES, "resolve-url") as pool:
-        origins = zip(scan.found, pool.map(pin, scan.found.keys(), scan.found.values()), strict=True)
-        return {adapter: origin for adapter, origin in origins if origin is not None}
+        origins = zip(remote, pool.map(pin, remote.keys(), remote.values()), strict=True)
+        return local | {adapter: origin for adapter, origin in origins if origin is not None}
 
 
 def _restore(engine: Engine, store: StateStore) -> None:
