@@ -9,8 +9,9 @@ from collections.abc import Generator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
+from lora_runtime.adapters.sources.disk import sync
 from lora_runtime.errors import MultiloraError
-from server.control.disk import make_folder, sync_folder
+from server.control.disk import make_folder
 
 STATE_FILE = "state.sqlite3"
 LOCK_FILE = "lock"
@@ -107,7 +108,7 @@ def _create(path: Path) -> None:
     with closing(_connect(new)) as connection:
         connection.executescript(_SCHEMA)
     new.replace(path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def _check(connection: sqlite3.Connection, path: Path) -> None:

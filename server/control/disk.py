@@ -6,20 +6,13 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
+from lora_runtime.adapters.sources.disk import sync
+
 
 def sync_file(stream: BinaryIO) -> None:
     """Make what was written durable."""
     stream.flush()
     os.fsync(stream.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make what was created, renamed or removed in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def make_folder(folder: Path) -> None:
@@ -28,4 +21,4 @@ def make_folder(folder: Path) -> None:
         return
     make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
-    sync_folder(folder.parent)
+    sync(folder.parent)

@@ -262,8 +262,8 @@ class ControlPlane:
 
     async def _restore(self, adapter: AdapterId) -> None:
         """Aliases and the pin that are kept of an adapter; where its bare name leads is kept from now on."""
-        aliases, pins = await asyncio.to_thread(lambda: (self._store.aliases(), self._store.pins()))
-        kept = [alias for alias in aliases if (alias.tenant, alias.adapter) == (adapter.tenant, adapter.name)]
+        of = adapter.tenant, adapter.name
+        kept, pins = await asyncio.to_thread(lambda: (self._store.aliases(of), self._store.pins(of)))
         versions = self.engine.catalogue.versions(adapter.tenant, adapter.name)
         for alias in kept:
             usable = surviving(alias, versions)

@@ -99,13 +99,16 @@ class StateStore:
             Registration.from_row,
         )
 
-    def pins(self) -> set[AdapterId]:
-        return set(self._load("SELECT tenant, name, version FROM pins", AdapterId))
+    def pins(self, of: tuple[str, str] | None = None) -> set[AdapterId]:
+        """Of one adapter (tenant, name), or of all."""
+        where, values = ("", ()) if of is None else (" WHERE tenant = ? AND name = ?", of)
+        return set(self._load(f"SELECT tenant, name, version FROM pins{where}", AdapterId, values))
 
-    def aliases(self) -> list[Alias]:
-        """By tenant, adapter and name."""
+    def aliases(self, of: tuple[str, str] | None = None) -> list[Alias]:
+        """Of one adapter (tenant, name), or of all: by tenant, adapter and name."""
         columns = "tenant, adapter, name, version, canary_version, canary_percent, previous_version"
-        return self._load(f"SELECT {columns} FROM aliases ORDER BY tenant, adapter, name", Alias)
+        where, values = ("", ()) if of is None else (" WHERE tenant = ? AND adapter = ?", of)
+        return self._load(f"SELECT {columns} FROM aliases{where} ORDER BY tenant, adapter, name", Alias, values)
 
     def replay(self, request_id: str, method: str, request_sha256: str) -> bytes | None:
         """The answer this call got before; None for one that is new.
@@ -135,11 +138,11 @@ class StateStore:
         with self._mutex:
             self._resources.close()
 
-    def _load(self, query: str, make: Callable[..., T]) -> list[T]:
-        """Rows that are read as the server starts, so what is wrong with them is a StateError."""
+    def _load(self, query: str, make: Callable[..., T], values: tuple[str, ...] = ()) -> list[T]:
+        """Rows as they were kept; what is wrong with them is a StateError."""
         with self._mutex, usable(self._path):
             try:
-                return [make(*row) for row in self._connection.execute(query)]
+                return [make(*row) for row in self._connection.execute(query, values)]
             except (MultiloraError, TypeError, ValueError) as error:
                 raise sqlite3.DatabaseError(f"a row makes no sense: {error}") from error
 

@@ -12,9 +12,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from lora_runtime.adapters.sources.disk import sync
 from lora_runtime.errors import AdapterAlreadyExists, InvalidRequest, MultiloraError, RequestCancelled
 from lora_runtime.types import AdapterId
-from server.control.disk import make_folder, sync_file, sync_folder
+from server.control.disk import make_folder, sync_file
 from server.control.state import StateUnavailable
 from server.control.upload_header import DeclaredFile, declared_files
 from server.pb.multilora.v1 import adapters_pb2
@@ -81,7 +82,7 @@ class UploadReceiver:
         num_bytes = self.stored_bytes(path)
         with _writing():
             doomed = path.rename(self._new_path())  # at once, so that no half of it is ever loaded
-            sync_folder(path.parent)
+            sync(path.parent)
         shutil.rmtree(doomed, ignore_errors=True)
         return num_bytes
 
@@ -131,10 +132,10 @@ class Upload:
             self._finish_empty_files()
             self._check_complete()
             for folder in {(self._folder / file.path).parent for file in self._files} | {self._folder}:
-                sync_folder(folder)
+                sync(folder)
             make_folder(into.parent)
             self._move(into)
-            sync_folder(into.parent)
+            sync(into.parent)
             self._ended = True
 
     def abort(self) -> None:

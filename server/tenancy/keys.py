@@ -23,7 +23,8 @@ from typing import Annotated, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
-from server.control.disk import sync_file, sync_folder
+from lora_runtime.adapters.sources.disk import sync
+from server.control.disk import sync_file
 from server.tenancy.auth_file import KeyFileError, Name
 from server.tenancy.model import Principal, Role
 from server.tenancy.reload import OnError, Reloading
@@ -163,7 +164,7 @@ class KeyStore:
                 stream.write(text.encode() + b"\n")
                 sync_file(stream)
             os.replace(temporary, self._path)
-            sync_folder(self._path.parent)
+            sync(self._path.parent)
         except OSError as error:
             if temporary is not None:
                 Path(temporary).unlink(missing_ok=True)
