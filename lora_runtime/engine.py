@@ -62,7 +62,7 @@ _IDLE_WAIT_S = 0.05
 class EngineSettings:
     """Bounds of one engine."""
 
-    token_budget: int = 512  # tokens per step
+    token_budget: int = 256  # tokens per step
     max_batch_sequences: int = 256
     num_loader_threads: int = 1
     num_threads: int | None = None  # torch's intra-op threads; None leaves torch's choice

@@ -51,7 +51,7 @@ class RuntimeSettings:
     """What one runtime may use."""
 
     arena_bytes: int = 512 << 20  # adapters in memory, and the kernels' copies of them; pages are taken as they come
-    token_budget: int = 512  # tokens per step
+    token_budget: int = 256  # tokens per step
     max_batch_sequences: int = 256
     num_loader_threads: int = 1
     num_threads: int | None = None  # torch's intra-op threads; None leaves torch's choice

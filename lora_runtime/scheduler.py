@@ -3,11 +3,14 @@ batch forms while the device is busy.
 
 Both levels are virtual token counters (Sheng et al. 2024, "Fairness in serving large language models"): whoever waits
 with the least service per weight is served next. One that comes back from idling is lifted to just below those that
-wait: it earns at most `CREDIT_TOKENS`, which let a tenant that asks for less than its share go before one that asks for
-more, even when its requests come in bursts. Chosen over deficit round robin, whose turns go in a cycle: a tenant that
-comes back does not wait for the cycle's end, and the bound does not grow with the number of tenants. The bound: while
-two tenants both wait for ready adapters, their service per weight drifts apart by at most one turn (`TURN_TOKENS` and
-the sequence that passes it) per weight, beside the credit that one of them began with.
+wait: it has a credit of at most `CREDIT_TOKENS`, which lets a tenant that asks for less than its share go before one
+that asks for more, even when its requests come in bursts. Whoever finds the engine idle takes nothing from anybody, and
+raises the level that credit is counted from. A batch that begins with such a tenant is not filled up by
+those with a backlog, or each small request would take as long as the largest batch: they get a quarter of it.
+Chosen over deficit round robin, whose turns go in a cycle: a tenant that comes back does not wait for the cycle's end,
+and the bound does not grow with the number of tenants. The bound: while two tenants both wait for ready adapters, their
+service per weight drifts apart by at most one turn (`TURN_TOKENS` and the sequence that passes it) per weight, beside
+the credit that one of them began with.
 
 A flow is one tenant's requests for one adapter at one priority, in order of arrival. Flows share their tenant's service
 by `PRIORITY_BASE ** priority`, so a high priority goes first without ever stopping a low one. Requests whose adapter is
@@ -25,8 +28,11 @@ from dataclasses import dataclass, field
 from lora_runtime.types import AdapterId, Output, Request, Result
 
 CREDIT_TOKENS = 2048.0  # that idling may earn, over the weight
+_LIGHT_TOKENS = CREDIT_TOKENS / 4  # of credit, from which on others do not fill up the batch
+_FILL = 0.25  # of the budget, up to which they do
 TURN_TOKENS = 128  # of one flow before another has its turn: neighbours in a batch share their adapter's products
 PRIORITY_BASE = 4.0
+_MIN_KEPT = 64
 
 
 @dataclass(slots=True, eq=False)
@@ -50,6 +56,10 @@ class Ticket:
     @property
     def num_left(self) -> int:
         return len(self.request.sequences) - self.next_sequence
+
+    @property
+    def num_tokens_left(self) -> int:
+        return sum(sequence.num_tokens for sequence in self.request.sequences[self.next_sequence :])
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +114,9 @@ class Scheduler:
         self._by_adapter: dict[AdapterId, dict[tuple[str, int], _Flow]] = {}
         self._tickets: dict[str, Ticket] = {}
         self._arrivals = 0
-        self._floor = 0.0  # where a tenant that comes back begins
+        self._num_queued_tokens = 0  # of sequences that are not in a batch yet
+        self._floor = 0.0  # the level of those that wait without a credit: it never falls
+        self._keep_up_to = _MIN_KEPT  # tenants, until those whose credit is full are forgotten
         self._waiting: frozenset[str] = frozenset()  # tenants that could be served in the last batch
 
     def open_tickets(self) -> list[Ticket]:
@@ -115,7 +127,10 @@ class Scheduler:
         """Queue a request behind those of its flow that came before it."""
         self._arrivals += 1
         ticket = Ticket(request, future, self._arrivals, now, now)
+        if not self._tickets:
+            self._floor += TURN_TOKENS + ticket.num_tokens_left
         self._flow_of(request).queue.append(ticket)
+        self._num_queued_tokens += ticket.num_tokens_left
         self._tickets[request.request_id] = ticket
         return ticket
 
@@ -143,6 +158,7 @@ class Scheduler:
         ticket.done = True
         self._tickets.pop(ticket.request.request_id, None)
         if ticket.num_left:
+            self._num_queued_tokens -= ticket.num_tokens_left
             flow = self._flow_of(ticket.request)
             flow.queue.remove(ticket)
             self._forget_if_empty(flow)
@@ -157,15 +173,22 @@ class Scheduler:
         turns = self._turns(is_ready)
         chosen: list[Work] = []
         tokens = 0
+        others_from = self._token_budget
+        if turns and self._num_queued_tokens > self._token_budget and self._is_light(turns[0][2]):
+            others_from = int(_FILL * self._token_budget)
         while turns and len(chosen) < self._max_sequences:
             _, _, name, flows = heapq.heappop(turns)
+            if tokens >= others_from and not self._is_light(name):
+                break
             tenant = self._tenants[name]
             flow = min(flows, key=lambda flow: flow.rank)
             taken = self._take(flow, tokens, chosen)
             if not taken:
                 break  # what is next does not fit: nobody overtakes it, or it would wait for ever
             tokens += taken
-            self._floor, tenant.flow_floor = tenant.served, flow.served
+            self._num_queued_tokens -= taken
+            self._floor = max(self._floor, tenant.served)
+            tenant.flow_floor = flow.served
             tenant.served += taken / self._weight_of(name)
             flow.served += taken / PRIORITY_BASE**flow.priority
             if not flow.queue:
@@ -182,17 +205,18 @@ class Scheduler:
         for adapter in ready:
             for flow in self._by_adapter[adapter].values():
                 able.setdefault(flow.tenant, []).append(flow)
-        stayed = [self._tenants[name].served for name in able.keys() & self._waiting]
-        floor = max(self._floor, min(stayed)) if stayed else self._floor
         for name, flows in able.items():
             tenant = self._tenants[name]
             if name not in self._waiting:
-                tenant.served = max(tenant.served, floor - CREDIT_TOKENS / self._weight_of(name))
+                tenant.served = max(tenant.served, self._floor - CREDIT_TOKENS / self._weight_of(name))
             self._lift_flows(tenant, flows)
         self._waiting = frozenset(able)
         turns = [self._turn(name, flows) for name, flows in able.items()]
         heapq.heapify(turns)
         return turns
+
+    def _is_light(self, name: str) -> bool:
+        return self._tenants[name].served < self._floor - _LIGHT_TOKENS / self._weight_of(name)
 
     def _lift_flows(self, tenant: _Tenant, flows: list[_Flow]) -> None:
         stayed = [flow.served for flow in flows if flow.key in tenant.waiting]
@@ -227,6 +251,8 @@ class Scheduler:
     def _flow_of(self, request: Request) -> _Flow:
         name = request.tenant or request.adapter.tenant
         key = request.adapter, request.priority
+        if len(self._tenants) > self._keep_up_to:
+            self._forget_idle()
         tenant = self._tenants.setdefault(name, _Tenant())
         if key not in tenant.flows:
             tenant.flows[key] = _Flow(name, *key)
@@ -235,7 +261,7 @@ class Scheduler:
         return flow
 
     def _forget_if_empty(self, flow: _Flow) -> None:
-        """An idle flow is looked at no more; what it was served counts until the others have caught up."""
+        """An idle flow is looked at no more; what its tenant was served counts on."""
         if flow.queue:
             return
         of_adapter = self._by_adapter[flow.adapter]
@@ -246,8 +272,10 @@ class Scheduler:
         if not any(kept.queue for kept in tenant.flows.values()):
             tenant.flows.clear()
             tenant.flow_floor = 0.0
-        if not self._by_adapter:  # nobody waits: there is nobody to be fair to
-            self._tenants.clear()
-            self._floor = 0.0
-        elif not tenant.flows and tenant.served <= self._floor:
-            del self._tenants[flow.tenant]
+
+    def _forget_idle(self) -> None:
+        """Of tenants that are away and have all their credit back there is nothing to remember."""
+        for name, tenant in list(self._tenants.items()):
+            if not tenant.flows and tenant.served <= self._floor - CREDIT_TOKENS / self._weight_of(name):
+                del self._tenants[name]
+        self._keep_up_to = max(2 * len(self._tenants), _MIN_KEPT)

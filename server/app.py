@@ -21,6 +21,7 @@ from server.backend import Backend, BackendSlot, completion
 from server.control.events import EventLog, EventObserver
 from server.control.setup import Control
 from server.control.watcher import RootWatcher
+from server.early_refusal import EarlyRefusal
 from server.metrics import EngineMetrics, MetricsEndpoint, ServerMetrics
 from server.pb.multilora.v1 import (
     adapters_pb2,
@@ -71,7 +72,8 @@ class App:
         self._tenancy = Tenancy(settings, self._metrics)
         self._control = Control(settings, self._slot)
         self._watching: asyncio.Task[None] | None = None
-        self._admission = Admission(settings.max_queued_sequences, refuse_early=settings.refuse_early)
+        early = EarlyRefusal(self._tenancy.shares.weight_of) if settings.refuse_early else None
+        self._admission = Admission(settings.max_queued_sequences, early=early)
         self._tokenizers = TokenizerPool(settings.tokenizer_threads)
         self._health = Health(SERVICES)
         self._server: aio.Server | None = None
@@ -82,15 +84,19 @@ class App:
     def metrics_port(self) -> int:
         return self._settings.metrics_port if self._endpoint is None else self._endpoint.port
 
-    async def run(self, stop: asyncio.Event, announce: Callable[[str], None]) -> None:
+    async def run(
+        self, stop: asyncio.Event, announce: Callable[[str], None], settle: Callable[[], None] = lambda: None
+    ) -> None:
         """Serve until `stop` is set; `announce` gets the text for people when requests are answered.
+
+        `settle` is called once everything is loaded, before the first request.
 
         Raises StartupError when an address is taken, the base cannot be served or a preload fails; EngineFailed when
         the engine ended before it was told to.
         """
         try:
             await self.listen()
-            if await self.load(stop):
+            if await self.load(stop, settle):
                 announce(self.summary())
                 await self._until(stop)
                 _log.info("stopping; requests in flight have %g seconds", self._settings.grace)
@@ -127,7 +133,7 @@ class App:
         await self._server.start()
         self._tenancy.start()
 
-    async def load(self, stop: asyncio.Event) -> bool:
+    async def load(self, stop: asyncio.Event, settle: Callable[[], None] = lambda: None) -> bool:
         """Load base and preloads, then serve. False when `stop` was set meanwhile."""
         observers = (EngineMetrics(self._metrics), EventObserver(self._events), self._tenancy.meter)
         self._loading = _in_daemon_thread(lambda: self._control.prepare(self._factory, observers))
@@ -139,6 +145,7 @@ class App:
             loaded.cancel()
             return False
         prepared = loaded.result()
+        settle()
         self._backend = prepared.backend
         self._backend.engine.use_shares(self._tenancy.shares)
         self._slot.publish(self._backend)

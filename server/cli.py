@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from server.collector import exempt_from_collection
 from server.settings import ServeSettings, SettingsError, flag_of, resolve_settings, variable_of
 
 # command → where its typer app lives; each brings its own dependencies, which `serve` must not pay for
@@ -69,8 +70,13 @@ def main(
 def _flag(setting: str) -> Any:
     """The option of one setting; its help, default and variable come from the setting itself."""
     field = ServeSettings.model_fields[setting]
-    default = "" if field.is_required() or field.default in (None, ()) else f" Default: {field.default}."
-    return typer.Option(flag_of(setting), help=f"{field.description}{default} [{variable_of(setting)}]")
+    flag = flag_of(setting)
+    if field.annotation is bool:
+        default = f" Default: {'yes' if field.default else 'no'}."
+        flag = f"{flag}/--no-{flag.removeprefix('--')}"
+    else:
+        default = "" if field.is_required() or field.default in (None, ()) else f" Default: {field.default}."
+    return typer.Option(flag, help=f"{field.description}{default} [{variable_of(setting)}]")
 
 
 @app.command()
@@ -146,7 +152,7 @@ def run_server(settings: ServeSettings) -> int:
 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, begin_stop)
-        await App(settings).run(stop, typer.echo)
+        await App(settings).run(stop, typer.echo, exempt_from_collection)
 
     try:
         asyncio.run(serve_until_signal())

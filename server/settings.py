@@ -64,7 +64,7 @@ class ServeSettings(BaseModel):
         "open", description="Who may ask for health: anybody, or callers with a credential."
     )
     refuse_early: bool = Field(
-        False, description="Refuse requests whose deadline will pass in the queue, by the current pace."
+        True, description="Refuse requests whose deadline will pass in the queue, by the current pace."
     )
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on for gRPC.")
     port: _Port = Field(50051, description="gRPC port; 0 takes any free one.")
@@ -85,7 +85,7 @@ class ServeSettings(BaseModel):
         5.0, description="Seconds between two looks at the adapter folder; 0: only at start."
     )
     token_budget: _Count = Field(
-        512, description="Most tokens in one batch; a longer text has one of its own. More: others wait longer for it."
+        256, description="Most tokens in one batch; a longer text has one of its own. More: others wait longer for it."
     )
     max_batch_sequences: _Count = Field(256, description="Most sequences in one batch.")
     max_inputs: _Count = Field(256, description="Most inputs in one request.")

@@ -9,11 +9,11 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 from lora_runtime import errors
-from server.admission import DeadlineUnreachable
 from server.backend import ServerStarting
 from server.control.events import WatchTooSlow
 from server.control.state import StateUnavailable
 from server.control.uploads import UploadTooLarge
+from server.early_refusal import DeadlineUnreachable
 from server.rpc.caller import PermissionDenied
 from server.rpc.uploading import UploadsDisabled, UploadStalled
 from server.tenancy.authenticate import Unauthenticated

@@ -91,7 +91,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             info.card_for(call.task)  # refused before anything is spent on it
         with (
             self._limits.admit(tenant, len(request.inputs), _estimated_tokens(request)) as charge,
-            self._admission.permits(len(request.inputs), remaining_seconds(context)) as permits,
+            self._admission.permits(len(request.inputs), remaining_seconds(context), tenant) as permits,
         ):
             held = charge, permits
             try:

@@ -60,7 +60,7 @@ def _shares(part: dict[str, Any]) -> list[str]:
 
 _SERVERS = {
     "default": "as it comes",
-    "refuse-early": "`--refuse-early`",
+    "no-early-refusal": "`--no-refuse-early`",
     "short-queue": "`--max-queued-sequences` of one second's work",
 }
 

@@ -9,7 +9,8 @@ from contextlib import AbstractContextManager
 import pytest
 
 from lora_runtime.errors import CapacityExceeded
-from server.admission import Admission, DeadlineUnreachable, Permits
+from server.admission import Admission, Permits
+from server.early_refusal import DeadlineUnreachable, EarlyRefusal
 
 
 class Clock:
@@ -25,13 +26,14 @@ class Served:
 
     def __init__(self, *, refuse_early: bool = True, seconds_each: float = 0.1) -> None:
         self.clock = Clock()
-        self.admission = Admission(1000, refuse_early=refuse_early, clock=self.clock)
+        early = EarlyRefusal(lambda tenant: 3.0 if tenant == "heavy" else 1.0, self.clock) if refuse_early else None
+        self.admission = Admission(1000, early=early, clock=self.clock)
         self.seconds_each = seconds_each
         self.inside: deque[AbstractContextManager[Permits]] = deque()
 
-    def admit(self, number: int = 1, remaining_s: float | None = None) -> None:
+    def admit(self, number: int = 1, remaining_s: float | None = None, tenant: str = "one", size: int = 1) -> None:
         for _ in range(number):
-            permits = self.admission.permits(1, remaining_s)
+            permits = self.admission.permits(size, remaining_s, tenant)
             permits.__enter__()
             self.inside.append(permits)
 
@@ -45,9 +47,9 @@ class Served:
             error = KeyError()
             self.inside.popleft().__exit__(KeyError, error, None)
 
-    def refused(self, remaining_s: float) -> DeadlineUnreachable:
+    def refused(self, remaining_s: float, tenant: str = "one", size: int = 1) -> DeadlineUnreachable:
         with pytest.raises(DeadlineUnreachable) as caught:
-            self.admit(1, remaining_s)
+            self.admit(1, remaining_s, tenant, size)
         return caught.value
 
 
@@ -122,11 +124,41 @@ def test_a_deadline_before_the_estimated_wait_is_refused_at_once() -> None:
     before = served.admission.num_sequences
     error = served.refused(remaining_s=1.5)
     assert served.admission.num_sequences == before == 20
-    assert error.retry_after_s == pytest.approx(0.5, rel=0.2), "20 wait, at 10 a second"
+    assert error.retry_after_s == pytest.approx(21 / 10 * 1.25 - 1.5, rel=0.1), "20 wait, at 10 a second"
     assert error.reason == "DEADLINE_UNREACHABLE"
     assert "the deadline is in 1.5 s" in error.message
-    served.admit(1, remaining_s=2.5)
+    served.admit(1, remaining_s=2.8)
     served.admit(1, remaining_s=None)
+
+
+def test_a_request_that_is_long_itself_is_refused_with_less_before_it() -> None:
+    served = Served()
+    served.admit(40)
+    served.answer(30)
+    served.admit(1, remaining_s=1.5)
+    served.refused(remaining_s=1.5, size=8)
+
+
+def test_a_tenant_with_little_inside_does_not_wait_for_one_with_much() -> None:
+    """The scheduler serves by weight: of three that wait, each has a third of the pace."""
+    served = Served()
+    served.admit(100, tenant="noisy")
+    served.admit(1, tenant="quiet")
+    served.answer(40)
+    served.refused(remaining_s=1.0, tenant="noisy")
+    served.admit(1, remaining_s=1.0, tenant="third")  # one of its own, and as much of the other two
+    served.refused(remaining_s=0.3, tenant="third")
+    served.admit(5, remaining_s=3.2, tenant="third")
+    served.refused(remaining_s=2.0, tenant="third")
+
+
+def test_a_tenant_of_more_weight_waits_less() -> None:
+    served = Served()
+    served.admit(100, tenant="noisy")
+    served.answer(40)
+    served.admit(9, remaining_s=1.7, tenant="heavy")
+    served.refused(remaining_s=1.5, tenant="heavy")
+    served.refused(remaining_s=1.5, tenant="third", size=9)
 
 
 def test_early_refusal_is_off_unless_configured() -> None:
@@ -186,7 +218,7 @@ def test_sequences_that_are_answered_in_batches_are_all_counted() -> None:
         served.clock.now += 0.5
         served.answer(64)
     wait_s = 64 * 0.5 / 64  # one batch is inside
-    served.admit(1, remaining_s=1.3 * wait_s)
+    served.admit(1, remaining_s=1.5 * wait_s)
     served.refused(remaining_s=0.7 * wait_s)
 
 

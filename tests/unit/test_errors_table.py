@@ -6,7 +6,7 @@ import grpc
 import pytest
 
 from lora_runtime import errors
-from server.admission import DeadlineUnreachable
+from server.early_refusal import DeadlineUnreachable
 from server.backend import ServerStarting
 from server.control.events import WatchTooSlow
 from server.control.state import StateError, StateUnavailable

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_runtime.errors import CapacityExceeded
-from server.admission import DeadlineUnreachable
+from server.early_refusal import DeadlineUnreachable
 from server.tenancy.bucket import TokenBucket
 from server.tenancy.limits import TenantLimits, TenantPermit, estimate_tokens
 from server.tenancy.model import Limits, Policy

@@ -22,6 +22,7 @@ from server.bench.adapters.servers import BenchServer
 from server.bench.adapters.storm import measure_storm
 from server.bench.measure import describe_machine
 from server.bench.texts import sample_texts
+from server.collector import exempt_meanwhile
 
 _Progress = Callable[[str], None]
 
@@ -38,10 +39,11 @@ def run_adapters_bench(bench: AdaptersBench, progress: _Progress) -> dict[str, A
         progress("asking PEFT for the reference")
         reference = Reference.compute(bench.base, weights.files, sample_texts(bench.scale.num_texts))
         found: dict[str, Any] = {}
-        if "many" in bench.parts:
-            found["many"] = measure_many(bench, weights, reference, folder, progress)
-        if set(bench.parts) - {"many"}:
-            found |= _measure_moving(bench, weights, reference, folder, progress)
+        with exempt_meanwhile():
+            if "many" in bench.parts:
+                found["many"] = measure_many(bench, weights, reference, folder, progress)
+            if set(bench.parts) - {"many"}:
+                found |= _measure_moving(bench, weights, reference, folder, progress)
     settings = {name: value for name, value in asdict(bench).items() if name not in ("base", "parts")}
     return {
         "benchmark": "adapters",

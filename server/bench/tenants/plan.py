@@ -47,12 +47,12 @@ class Scale:
 
 SCALES = {
     "full": Scale(
-        num_texts=64, token_budgets=(2048, 1024, 512), capacity_windows=3, capacity_s=5.0, in_flight=192,
+        num_texts=64, token_budgets=(256, 512, 1024), capacity_windows=3, capacity_s=5.0, in_flight=192,
         noisy_pairs=5, noisy_window_s=5.0, noisy_burst=128, lead_s=2.2, shares_s=20.0, overload_pairs=3, closed_s=6.0,
         open_s=8.0, cancels=1000, cancel_workers=48,
     ),
     "small": Scale(
-        num_texts=4, token_budgets=(2048,), capacity_windows=1, capacity_s=1.0, in_flight=16, noisy_pairs=1,
+        num_texts=4, token_budgets=(256,), capacity_windows=1, capacity_s=1.0, in_flight=16, noisy_pairs=1,
         noisy_window_s=1.0, noisy_burst=8, lead_s=0.5, shares_s=1.0, overload_pairs=1, closed_s=1.0, open_s=1.5,
         cancels=30, cancel_workers=12,
     ),

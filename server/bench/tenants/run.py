@@ -24,6 +24,7 @@ from server.bench.tenants.servers import TenantServer
 from server.bench.tenants.shares import measure_shares
 from server.bench.tenants.site import Site
 from server.bench.texts import sample_texts
+from server.collector import exempt_meanwhile
 
 _MEASURES = {
     "noisy": measure_noisy,
@@ -47,7 +48,7 @@ def run_tenants_bench(bench: TenantsBench, progress: Callable[[str], None]) -> d
         progress("asking PEFT for the reference")
         reference = Reference.compute(bench.base, weights.files, sample_texts(bench.scale.num_texts))
         progress("starting a server")
-        with TenantServer(bench.base, site, bench.threads, "default") as server:
+        with TenantServer(bench.base, site, bench.threads, "default") as server, exempt_meanwhile():
             found = {
                 part: _measure(part, bench, site, reference, server, progress)
                 for part in _MEASURES
