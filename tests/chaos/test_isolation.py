@@ -1,6 +1,6 @@
 """Many tenants with adapters of the same names, while adapters come, go and are replaced: each answer is its own's.
 
-The large one: `pytest -m slow tests/chaos/test_isolation.py`.
+The large ones: `pytest -m slow tests/chaos/test_isolation.py`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import pytest
 import torch
 from grpc import aio
 
+from server.bench.texts import default_base
 from server.pb.multilora.v1 import adapters_pb2 as pb
 from server.tenancy.model import Role
 from tests.oracle import ALL_LINEAR, PeftOracle, make_adapter
@@ -49,6 +50,7 @@ class Size:
 
 SMALL = Size(8, 5, 8, 12_000, 6, 16, 1)
 LARGE = Size(20, 10, 20, 100_000, 50, 24, 4)
+PACKAGED = Size(10, 5, 8, 6_000, 6, 24, 24)  # of an encoder whose adapters have two to thirty times the bytes
 
 
 @dataclass
@@ -280,3 +282,12 @@ async def test_every_answer_is_its_own_adapters_of_two_hundred(
     with one_thread():
         world = make_world(tiny_bert, tmp_path_factory.mktemp("large") / "adapters", LARGE)
     await storm(world, tiny_bert, tmp_path)
+
+
+@pytest.mark.slow
+async def test_every_answer_of_the_packaged_encoder_is_its_own_adapters(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    base = Path(default_base())
+    world = make_world(base, tmp_path_factory.mktemp("packaged") / "adapters", PACKAGED)
+    await storm(world, base, tmp_path)
