@@ -99,6 +99,7 @@ def serve(
     metrics_port: Annotated[int | None, _flag("metrics_port")] = None,
     preload: Annotated[str | None, _flag("preload")] = None,
     threads: Annotated[int | None, _flag("threads")] = None,
+    prepack: Annotated[bool | None, _flag("prepack")] = None,
     tokenizer_threads: Annotated[int | None, _flag("tokenizer_threads")] = None,
     loader_threads: Annotated[int | None, _flag("loader_threads")] = None,
     arena_mib: Annotated[int | None, _flag("arena_mib")] = None,

@@ -107,7 +107,7 @@ def _load_base(base: str) -> BaseSpec:
     from lora_runtime.model.load import load_base
 
     try:
-        return load_base(base).spec
+        return load_base(base, prepack=False).spec
     except MultiloraError as error:
         typer.echo(f"multilora adapters inspect: --base: {error.message}", err=True)
         raise typer.Exit(2) from error

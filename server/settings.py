@@ -76,6 +76,9 @@ class ServeSettings(BaseModel):
     threads: _Count | None = Field(
         None, description="Threads of one forward pass. Default: as many as torch finds cores."
     )
+    prepack: bool = Field(
+        True, description="Keep reordered copies of the base's weights: faster, and as much memory again."
+    )
     tokenizer_threads: _Count = Field(2, description="Threads that tokenise.")
     loader_threads: _Count = Field(1, description="Threads that read and validate adapters.")
     arena_mib: _Count = Field(512, description="MiB of memory for adapters; a sixteenth of it is for copies.")

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lora_runtime.adapters.sources.api import Origin
 from lora_runtime.adapters.sources.fetch import Fetcher
@@ -47,6 +47,7 @@ def load_runtime(settings: ServeSettings, fetcher: Fetcher) -> Backend:
             max_batch_sequences=settings.max_batch_sequences,
             num_loader_threads=settings.loader_threads,
             num_threads=settings.threads,
+            prepack=settings.prepack,
         ),
         fetcher,
     )
@@ -96,6 +97,8 @@ def _scan(root: str) -> Scan:
         raise StartupError(f"--adapters: {error.message}") from error
     for name, reason in scan.skipped.items():
         _log.warning("folder %s is skipped: %s", name, reason)
+    for name, doubt in scan.doubtful.items():
+        _log.warning("folder %s is ambiguous: %s", name, doubt)
     return scan
 
 
@@ -106,7 +109,7 @@ def _register(engine: Engine, scan: Scan, store: StateStore, places: Places, fet
     scan without what could not be reached, which is tried again when it is looked at next.
     """
     origins = _pinned(scan, fetcher)
-    scan = Scan({adapter: found for adapter, found in scan.found.items() if adapter in origins}, scan.skipped)
+    scan = replace(scan, found={adapter: found for adapter, found in scan.found.items() if adapter in origins})
     for kept in store.registrations():
         try:
             origins[kept.id] = places.origin(kept)

@@ -35,6 +35,7 @@ from lora_runtime.heads.task_head import PROBE_LABELS
 from lora_runtime.model.base import Backbone, BaseModel, PackedBackbone
 from lora_runtime.model.inject import make_leaves, make_sites, shared_modules, wrap_leaves
 from lora_runtime.model.observe import PROBE_BATCH, PROBE_TOKENS, Observed, observe
+from lora_runtime.model.prepack import prepack_linears
 from lora_runtime.model.probe import (
     SeparateOutputs,
     num_positions,
@@ -68,15 +69,17 @@ class _Looked:
     word_embedding: str
 
 
-def load_base(name_or_path: str | Path) -> BaseModel:
+def load_base(name_or_path: str | Path, *, prepack: bool = True) -> BaseModel:
     """Load an encoder or a decoder by hub name or folder, in fp32 on the CPU.
+
+    `prepack`: keep reordered copies of its projections, which are faster and take as much memory again.
 
     Raises BaseModelUnsupported when it cannot be loaded, or when sequences run together are not exact. A task whose
     head is not exact is left out, with the reason in `BaseSpec.unserved`.
     """
     name = Path(name_or_path).resolve().name if Path(name_or_path).exists() else str(name_or_path)
     try:
-        return _load(name_or_path, name)
+        return _load(name_or_path, name, prepack)
     except BaseModelUnsupported:
         raise
     except Exception as error:  # the code of some two hundred architectures, not made for what is asked of it here
@@ -84,7 +87,7 @@ def load_base(name_or_path: str | Path) -> BaseModel:
         raise BaseModelUnsupported(message, base=name) from error
 
 
-def _load(name_or_path: str | Path, name: str) -> BaseModel:
+def _load(name_or_path: str | Path, name: str, prepack: bool) -> BaseModel:
     primary, absent, tokenizer = _from_pretrained(name_or_path, name)
     looked = _look(primary, absent)
     heads = _make_heads(looked)
@@ -93,6 +96,10 @@ def _load(name_or_path: str | Path, name: str) -> BaseModel:
     for head in heads.values():
         head.set_sites(sites, groups)
     wrap_leaves(looked.backbone, looked.observed, sites, groups)
+    if prepack:
+        with torch.inference_mode():
+            num_bytes = prepack_linears(looked.backbone)
+        logger.info("base %s: %.0f MiB of reordered copies of its projections", name, num_bytes / (1 << 20))
     pack = not any(looked.observed[path].kind is LeafKind.LINEAR for path in shared_modules(looked.observed))
     backbone = prove_backbone(looked.backbone, looked.config, groups, looked.expected, name, pack=pack)
     _prove_heads(heads, looked, groups, name)

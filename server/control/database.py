@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import sqlite3
 from collections.abc import Generator
@@ -15,6 +16,10 @@ from server.control.disk import make_folder
 
 STATE_FILE = "state.sqlite3"
 LOCK_FILE = "lock"
+
+_OF_OTHERS = 0o055  # bits of a folder's mode that let group or others look into it
+
+_log = logging.getLogger(__name__)
 
 _SCHEMA_VERSION = 1
 _SCHEMA = f"""
@@ -52,7 +57,9 @@ class StateError(MultiloraError):
 def lock_folder(folder: Path) -> int:
     """The descriptor that holds the folder until it is closed, at the latest by the end of the process."""
     try:
-        make_folder(folder)
+        if folder.is_dir() and (mode := folder.stat().st_mode & 0o777) & _OF_OTHERS:
+            _log.warning("state directory %s: others can read it (mode %04o); chmod 700 keeps them out", folder, mode)
+        make_folder(folder, 0o700)
         descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise StateError(f"state directory {folder}: {error.strerror}; name a directory that can be written") from error
@@ -105,6 +112,7 @@ def _create(path: Path) -> None:
     new = path.with_name(f"{path.name}.new")
     for leftover in (new, new.with_name(f"{new.name}-journal")):
         leftover.unlink(missing_ok=True)
+    os.close(os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))  # SQLite keeps to this mode
     with closing(_connect(new)) as connection:
         connection.executescript(_SCHEMA)
     new.replace(path)

@@ -15,10 +15,10 @@ def sync_file(stream: BinaryIO) -> None:
     os.fsync(stream.fileno())
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, durably; one that is there is left alone."""
+def make_folder(folder: Path, mode: int = 0o777) -> None:
+    """Make a folder, and those above it with the usual mode, durably; one that is there is left alone."""
     if folder.is_dir():
         return
     make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(mode, exist_ok=True)
     sync(folder.parent)

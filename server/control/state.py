@@ -17,7 +17,7 @@ from lora_runtime.types import AdapterId, Alias
 from server.control.database import STATE_FILE, lock_folder, open_file, open_memory, usable
 from server.control.database import StateError as StateError  # what StateStore raises
 
-MAX_REPLIES = 10_000  # how far back a repeated call is recognised
+MAX_REPLIES = 10_000  # of one tenant: how far back a repeated call is recognised
 
 T = TypeVar("T")
 
@@ -57,7 +57,7 @@ class Registration:
 class Reply:
     """The answer to a call that may be repeated: the same id gets the same serialised message."""
 
-    request_id: str
+    request_id: str  # TENANT/ID, so that a tenant's ids are its own
     method: str
     request_sha256: str
     content: bytes
@@ -202,7 +202,9 @@ def _store_reply(connection: sqlite3.Connection, reply: Reply) -> None:
     if _find_reply(connection, *key) is not None:
         raise InvalidRequest("request_id", "was answered meanwhile; send the call again to get that answer")
     insert = "INSERT INTO replies (request_id, method, request_sha256, content, unix_time_s) VALUES (?, ?, ?, ?, ?)"
-    sequence = connection.execute(insert, (*key, reply.content, int(time.time()))).lastrowid
-    assert sequence is not None, "the row was inserted"
-    # sequences have no gaps: what a transaction that fails takes, it gives back
-    connection.execute("DELETE FROM replies WHERE sequence <= ?", (sequence - MAX_REPLIES,))
+    connection.execute(insert, (*key, reply.content, int(time.time())))
+    tenant = reply.request_id.partition("/")[0]
+    kept, ends = "FROM replies WHERE request_id >= ? AND request_id < ?", (f"{tenant}/", f"{tenant}0")  # 0 follows /
+    (count,) = connection.execute(f"SELECT count(*) {kept}", ends).fetchone()
+    if count > MAX_REPLIES:
+        connection.execute(f"DELETE FROM replies WHERE sequence = (SELECT min(sequence) {kept})", ends)

@@ -30,6 +30,7 @@ class RootWatcher:
         self._known = dict(first.found)
         self._arriving: dict[AdapterId, Found] = {}  # seen once: their files may still be being copied
         self._skipped = dict(first.skipped)
+        self._doubtful = dict(first.doubtful)
 
     async def run(self, interval_s: float) -> None:
         """Scan every `interval_s` seconds, or less often where scans take long; until cancelled."""
@@ -49,7 +50,10 @@ class RootWatcher:
         for name, reason in scan.skipped.items():
             if self._skipped.get(name) != reason:
                 _log.warning("folder %s is skipped: %s", name, reason)
-        self._skipped = dict(scan.skipped)
+        for name, doubt in scan.doubtful.items():
+            if self._doubtful.get(name) != doubt:
+                _log.warning("folder %s is ambiguous: %s", name, doubt)
+        self._skipped, self._doubtful = dict(scan.skipped), dict(scan.doubtful)
         for adapter in self._known.keys() - scan.found.keys():
             await self._forget(adapter, self._known.pop(adapter))
         changed = {adapter: found for adapter, found in scan.found.items() if self._known.get(adapter) != found}

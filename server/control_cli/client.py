@@ -49,10 +49,11 @@ class ControlError(Exception):
 class Client:
     """The control plane of one server."""
 
-    def __init__(self, channel: grpc.Channel, server: str, timeout_s: float) -> None:
+    def __init__(self, channel: grpc.Channel, server: str, timeout_s: float, uses_tls: bool) -> None:
         self.stub = adapters_pb2_grpc.AdapterServiceStub(channel)
         self.server = server
         self.timeout_s = timeout_s
+        self.uses_tls = uses_tls
 
     def call(self, method: Callable[..., Reply], request: Any) -> Reply:
         """The answer to `request`, which is sent again, as it is, while the server cannot be reached.
@@ -81,13 +82,14 @@ def connect(command: str, server: str, timeout_s: float) -> Generator[Client]:
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="backslashreplace")  # a label may have letters that the terminal's encoding lacks
+    credentials = Credentials(**(given.get() or {}))
     try:
         _check(server, timeout_s)
-        with _credentials().channel(server, _OPTIONS) as channel:
-            yield Client(channel, server, timeout_s)
+        with credentials.channel(server, _OPTIONS) as channel:
+            yield Client(channel, server, timeout_s, credentials.uses_tls)
     except grpc.RpcError as error:
         failure = Failure.of(error)
-        end(command, failure.told(server, timeout_s), failure.exit_code)
+        end(command, failure.told(server, timeout_s, credentials.uses_tls), failure.exit_code)
     except ControlError as error:
         end(command, error.message, error.exit_code)
     except CredentialsError as error:
@@ -100,11 +102,6 @@ def connect(command: str, server: str, timeout_s: float) -> Generator[Client]:
         end(command, str(error), REFUSED)
     except KeyboardInterrupt:
         end(command, "interrupted", INTERRUPTED)
-
-
-def _credentials() -> Credentials:
-    """What was given before the command."""
-    return Credentials(**(given.get() or {}))
 
 
 def end(command: str, message: str, exit_code: int) -> None:

@@ -27,10 +27,13 @@ class Credentials:
     tls_cert: Path | None = None
     tls_key: Path | None = None
 
+    @property
+    def uses_tls(self) -> bool:
+        return self.tls or any((self.tls_ca, self.tls_cert, self.tls_key))
+
     def channel(self, target: str, options: Any) -> grpc.Channel:
         """A channel that sends the token with every call. Raises CredentialsError."""
-        uses_tls = self.tls or any((self.tls_ca, self.tls_cert, self.tls_key))
-        if uses_tls:
+        if self.uses_tls:
             channel = grpc.secure_channel(target, self._tls(), options=options)
         else:
             channel = grpc.insecure_channel(target, options=options)

@@ -11,6 +11,7 @@ from grpc_status import rpc_status
 
 from lora_runtime.errors import EngineStopped
 from server.backend import ServerStarting
+from server.control_cli.handshake import handshake_fault
 
 REFUSED, NOT_REACHABLE = 1, 3
 
@@ -43,7 +44,7 @@ class Failure:
         """Whether a stream that ended so can be resumed."""
         return self.code in _BREAKS or (self.code in _BREAKS_OF_PROXIES and not self.reason)
 
-    def told(self, server: str, timeout_s: float) -> str:
+    def told(self, server: str, timeout_s: float, uses_tls: bool) -> str:
         """One line for people: what happened, and the remedy."""
         if self.code is grpc.StatusCode.DEADLINE_EXCEEDED:
             late = f"no answer from {server} within {timeout_s:g} s"
@@ -51,7 +52,10 @@ class Failure:
         if self.reason:
             return self.message
         if self.code is grpc.StatusCode.UNAVAILABLE:
-            return f"cannot reach {server}; is the server running? (multilora serve; with TLS it needs --tls-ca)"
+            fault = handshake_fault(self.message, server, uses_tls)
+            return (
+                fault or f"cannot reach {server}; is the server running? (multilora serve; with TLS it needs --tls-ca)"
+            )
         if self.code is grpc.StatusCode.UNIMPLEMENTED:
             return f"{server} does not offer this; it is an older multilora, or something else"
         return f"{self.message or 'no reason given'} ({self.code.name} from {server})"

@@ -56,7 +56,7 @@ class _Patience:
         server = self._client.server
         if failure is None:
             return ControlError(f"{server} ends every stream at once", NOT_REACHABLE)
-        return ControlError(failure.told(server, self._limit_s), failure.exit_code)
+        return ControlError(failure.told(server, self._limit_s, self._client.uses_tls), failure.exit_code)
 
 
 def changes(client: Client, tenant: str, *, snapshot: bool) -> Generator[adapters_pb2.WatchAdaptersResponse]:

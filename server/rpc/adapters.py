@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Generator
 
 from lora_runtime.adapters.sources.api import Origin
 from lora_runtime.catalogue import Catalogue
@@ -23,6 +23,7 @@ from server.control.plane import ControlPlane, Deleted, Once
 from server.pb.multilora.v1 import adapters_pb2 as pb
 from server.pb.multilora.v1 import adapters_pb2_grpc
 from server.rpc.caller import (
+    aim_alias,
     aim_at,
     caller,
     check_own,
@@ -36,7 +37,7 @@ from server.rpc.caller import (
 from server.rpc.context import Context
 from server.rpc.listing import list_page
 from server.rpc.messages import adapter_message, alias_message, change_message
-from server.rpc.uploading import receive_upload
+from server.rpc.uploading import UploadSlots, receive_upload
 from server.tenancy.model import Role
 
 _MAX_VERSION = 999_999_999  # nine digits, what a reference can spell
@@ -49,7 +50,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     def __init__(self, plane: ControlPlane, events: EventLog) -> None:
         self._plane = plane
         self._events = events
-        self._uploads = asyncio.Semaphore(4)
+        self._slots = UploadSlots()
 
     async def RegisterAdapter(  # noqa: N802 - the proto's name
         self, request: pb.RegisterAdapterRequest, context: Context
@@ -73,8 +74,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request_iterator: AsyncIterator[pb.UploadAdapterRequest], context: Context
     ) -> pb.UploadAdapterResponse:
         del context
-        require(Role.ADAPTERS)
-        async with receive_upload(request_iterator, self._plane.uploads, self._uploads) as (header, received):
+        principal = require(Role.ADAPTERS)
+        async with receive_upload(request_iterator, self._plane.uploads, self._slots, principal) as (header, received):
             tenant, name, version = named_version(header, "header.")
 
             async def change(once: Once) -> pb.UploadAdapterResponse:
@@ -82,9 +83,10 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
                 upload = await received()
                 return await self._plane.register_upload(tenant, name, version, upload, self._uploaded, once)
 
-            reply = await self._plane.once(
-                tenant, "UploadAdapter", header, header.request_id, pb.UploadAdapterResponse, change
-            )
+            with _request_id_of_header():
+                reply = await self._plane.once(
+                    tenant, "UploadAdapter", header, header.request_id, pb.UploadAdapterResponse, change
+                )
             aim_at(reply.adapter.name)
             return reply
 
@@ -156,6 +158,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         wanted = None if request.rollback else _wanted_alias(request, tenant, name)
         if request.rollback and (request.version or request.canary_version or request.canary_percent):
             raise InvalidRequest("rollback", "leads back to the version before; name no other with it")
+        if wanted is not None:
+            aim_alias(wanted.version, wanted.canary_version or 0, wanted.canary_percent)
 
         def reply(alias: Alias) -> pb.SetAliasResponse:
             return pb.SetAliasResponse(alias=alias_message(alias))
@@ -165,7 +169,9 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
                 return await self._plane.roll_back(tenant, name, request.alias, reply, once)
             return await self._plane.set_alias(wanted, reply, once)
 
-        return await self._plane.once(tenant, "SetAlias", request, request.request_id, pb.SetAliasResponse, change)
+        answer = await self._plane.once(tenant, "SetAlias", request, request.request_id, pb.SetAliasResponse, change)
+        aim_alias(answer.alias.version, answer.alias.canary_version, answer.alias.canary_percent)
+        return answer
 
     async def DeleteAlias(  # noqa: N802
         self, request: pb.DeleteAliasRequest, context: Context
@@ -254,6 +260,17 @@ def named_version(request: pb.RegisterAdapterRequest | pb.UploadHeader, prefix: 
     if not 1 <= request.version <= _MAX_VERSION:
         raise InvalidRequest(f"{prefix}version", f"{request.version} is not between 1 and {_MAX_VERSION}")
     return tenant, name, request.version
+
+
+@contextlib.contextmanager
+def _request_id_of_header() -> Generator[None]:
+    """What is wrong with the request id of an upload is named by its place, the header."""
+    try:
+        yield
+    except InvalidRequest as error:
+        if error.field != "request_id":
+            raise
+        raise InvalidRequest("header.request_id", error.description) from error
 
 
 def _wanted_alias(request: pb.SetAliasRequest, tenant: str, name: str) -> Alias:

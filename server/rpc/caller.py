@@ -31,6 +31,7 @@ class CallInfo:
     metadata: Metadata = ()  # with `auth_context`, what the principal was made of
     auth_context: AuthContext = field(default_factory=dict[str, Any])
     target: str = ""  # the adapter it is about
+    versions: str = ""  # where an alias is to lead
     is_denied: bool = False  # it named what is another tenant's, or nobody's
 
 
@@ -53,6 +54,12 @@ def require(*roles: Role) -> Principal:
 def aim_at(target: str) -> None:
     """Note what the call is about, for the audit log."""
     current_call.get().target = target
+
+
+def aim_alias(version: int, canary_version: int, canary_percent: float) -> None:
+    """Note where an alias is to lead, for the audit log; 0 is no canary."""
+    canary = f", canary {canary_version} at {canary_percent:g}%" if canary_version else ""
+    current_call.get().versions = f"{version}{canary}"
 
 
 def aim_at_named(request: Any) -> None:

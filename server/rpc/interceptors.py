@@ -33,6 +33,7 @@ _CHANGES = frozenset(
     {"RegisterAdapter", "UploadAdapter", "LoadAdapter", "UnloadAdapter", "PinAdapter", "DeleteAdapter"}
     | {"SetAlias", "DeleteAlias"}
 )
+CHECK_AGAIN_S = 30.0  # how long a stream without replies may outlive its credential
 _DENIALS = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 
 _log = logging.getLogger(__name__)
@@ -103,11 +104,23 @@ class RpcInterceptor(aio.ServerInterceptor):
                 request = parse(data)
                 aim_at_named(request)
                 async with aclosing(behaviour(request, context)) as replies:
-                    async for reply in replies:
+                    while (reply := await self._next(replies, info)) is not None:
                         await self._check_again(info)
                         yield reply
 
         return call
+
+    async def _next(self, replies: AsyncGenerator[Any], info: CallInfo) -> Any:
+        """The next reply, None after the last; raises Unauthenticated when the credential ends before it comes."""
+        coming = asyncio.ensure_future(anext(replies, None))
+        try:
+            while not (await asyncio.wait({coming}, timeout=CHECK_AGAIN_S))[0]:
+                await self._check_again(info)
+        except BaseException:
+            coming.cancel()
+            await asyncio.gather(coming, return_exceptions=True)  # else the generator could not be closed
+            raise
+        return coming.result()
 
     async def _check_again(self, info: CallInfo) -> None:
         """A stream may outlive its credential; raises Unauthenticated once that says something else, or nothing."""
@@ -123,7 +136,7 @@ class RpcInterceptor(aio.ServerInterceptor):
     async def _call(self, method: str, context: Context) -> AsyncGenerator[CallInfo]:
         """One RPC from its arrival to its end: its id, its status, its count."""
         started = time.perf_counter()
-        code, reason = grpc.StatusCode.UNKNOWN, ""
+        code, reason, key_id = grpc.StatusCode.UNKNOWN, "", ""
         request_id = _request_id(context)
         context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
         peer = context.peer()  # not later: gRPC crashes when it is asked after the end of the call
@@ -137,6 +150,7 @@ class RpcInterceptor(aio.ServerInterceptor):
             code = grpc.StatusCode.OK
         except MultiloraError as error:
             status, reason = to_status(error), error.reason
+            key_id = error.key_id if isinstance(error, Unauthenticated) else ""
             if status.code is grpc.StatusCode.INTERNAL:  # the runtime's own fault, which it has logged
                 _log.error("request %s: %s failed: %s", request_id, method, error.message)
                 status = internal_status(request_id)
@@ -161,8 +175,10 @@ class RpcInterceptor(aio.ServerInterceptor):
                     outcome=code.name,
                     request_id=request_id,
                     target=info.target if info else "",
+                    versions=info.versions if info else "",
                     reason=reason,
                     peer=peer,
+                    key_id=key_id,
                 )
 
 

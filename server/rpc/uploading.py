@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator
+from contextlib import asynccontextmanager, contextmanager
 
 from lora_runtime.errors import CapacityExceeded, InvalidRequest, MultiloraError
 from server.control.uploads import Upload, UploadReceiver
 from server.pb.multilora.v1 import adapters_pb2 as pb
+from server.tenancy.model import Principal, Role
 
+MAX_UPLOADS = 4  # at once
+MAX_UPLOADS_OF_TENANT = 2
 _STALLED_S = 60.0
 
 
@@ -31,9 +35,36 @@ class UploadStalled(MultiloraError):
         super().__init__(f"no part of the upload came for {_STALLED_S:g} seconds; send it again")
 
 
+class UploadSlots:
+    """How many uploads are received at once, of all and of one tenant. Belongs to the asyncio loop."""
+
+    def __init__(self) -> None:
+        self._by_tenant: Counter[str] = Counter()
+
+    @contextmanager
+    def hold(self, principal: Principal) -> Generator[None]:
+        """A slot for the block; operators may take all of them. Raises CapacityExceeded."""
+        tenant = principal.tenant
+        if self._by_tenant[tenant] >= MAX_UPLOADS_OF_TENANT and not principal.has(Role.OPERATOR):
+            limit = f"{MAX_UPLOADS_OF_TENANT} uploads at once, the limit of a tenant"
+            raise CapacityExceeded(f"tenant {tenant} sends {limit}; try again when one is done", retry_after_s=2.0)
+        if self._by_tenant.total() >= MAX_UPLOADS:
+            message = f"{MAX_UPLOADS} uploads are under way, the server's limit; try again in a moment"
+            raise CapacityExceeded(message, retry_after_s=2.0)
+        self._by_tenant[tenant] += 1
+        try:
+            yield
+        finally:
+            self._by_tenant[tenant] -= 1
+            self._by_tenant += Counter()  # forgets those that have none
+
+
 @asynccontextmanager
 async def receive_upload(
-    messages: AsyncIterator[pb.UploadAdapterRequest], receiver: UploadReceiver | None, slots: asyncio.Semaphore
+    messages: AsyncIterator[pb.UploadAdapterRequest],
+    receiver: UploadReceiver | None,
+    slots: UploadSlots,
+    principal: Principal,
 ) -> AsyncGenerator[tuple[pb.UploadHeader, Callable[[], Awaitable[Upload]]]]:
     """The header, and a call that receives the rest; what is not finished by the end of the block is removed.
 
@@ -48,9 +79,7 @@ async def receive_upload(
     is_over = False  # the caller may be gone before the first file is begun
 
     async def receive() -> Upload:
-        if slots.locked():
-            raise CapacityExceeded("other uploads are under way; try again in a moment", retry_after_s=2.0)
-        async with slots:
+        with slots.hold(principal):
             upload = await asyncio.to_thread(receiver.begin, first.header)
             started.append(upload)
             if is_over:

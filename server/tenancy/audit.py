@@ -33,10 +33,12 @@ class AuditRecord:
     tenant: str
     method: str  # package.Service/Method
     target: str  # the adapter's resource name, or empty
+    versions: str  # where an alias was to lead, such as `2` or `2, canary 3 at 5%`; or empty
     outcome: str  # name of the gRPC code
     reason: str  # of the error, or empty
     request_id: str
     peer: str
+    key_id: str  # of a right key that is revoked or expired; or empty
 
 
 class AuditLog:
@@ -75,15 +77,17 @@ class AuditLog:
         outcome: str,
         request_id: str,
         target: str = "",
+        versions: str = "",
         reason: str = "",
         peer: str = "",
+        key_id: str = "",
     ) -> None:
         """Hand one line to the writer; from any thread."""
         if self._thread is None:
             return
         name, tenant = ("", "") if principal is None else (principal.name, principal.tenant)
         at = datetime.fromtimestamp(self._wall_clock(), UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        fields = (name, tenant, method, target, outcome, reason, request_id, peer)
+        fields = (name, tenant, method, target, versions, outcome, reason, request_id, peer, key_id)
         record = AuditRecord(at, *(text[:_MAX_CHARS] for text in fields))
         with self._changed:
             if self._closed or len(self._waiting) >= self._max_waiting:

@@ -28,9 +28,10 @@ class Unauthenticated(MultiloraError):
 
     reason = "UNAUTHENTICATED"
 
-    def __init__(self, fetch: Future[None] | None = None) -> None:
+    def __init__(self, fetch: Future[None] | None = None, key_id: str = "") -> None:
         super().__init__("missing or wrong credentials; send authorization: Bearer …")
         self.fetch = fetch  # of issuer keys, under way: after it, the same credentials may be right
+        self.key_id = key_id  # of a key that is revoked or expired, for the audit log alone
 
 
 class Authenticator(Protocol):
@@ -41,6 +42,8 @@ class Authenticator(Protocol):
 
 class KeyVerifier(Protocol):
     def verify(self, token: str, now_unix_s: float) -> Principal | None: ...
+
+    def id_of(self, token: str) -> str: ...
 
 
 class NoAuthentication:
@@ -74,7 +77,7 @@ class AuthChain:
         headers = [value for key, value in metadata if key == AUTHORIZATION]
         principal = self._by_token(headers) if headers else self._by_certificate(auth_context)
         if not isinstance(principal, Principal):
-            raise Unauthenticated(principal)
+            raise Unauthenticated(principal, self._key_id(headers))
         return principal
 
     def _by_token(self, headers: Sequence[str | bytes]) -> Principal | Future[None] | None:
@@ -86,6 +89,10 @@ class AuthChain:
         if self._jwt is not None and token.count(".") == 2:
             return self._jwt.verify(token, self._clock())
         return None
+
+    def _key_id(self, headers: Sequence[str | bytes]) -> str:
+        token = _bearer(headers)
+        return "" if token is None or self._keys is None else self._keys.id_of(token)
 
     def _by_certificate(self, auth_context: AuthContext) -> Principal | None:
         return None if self._mtls is None else principal_of_certificate(auth_context, self._mtls)

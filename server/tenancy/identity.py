@@ -7,6 +7,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_runtime.types import DEFAULT_TENANT
 from server.tenancy.auth_file import AuthConfig, JwtConfig, load_auth_file
 from server.tenancy.authenticate import AuthChain, AuthContext, Metadata, Unauthenticated
 from server.tenancy.jwks import Fetch, fetch_jwks
@@ -16,6 +17,7 @@ from server.tenancy.model import Policy, Principal
 from server.tenancy.reload import Reloading, poll_every
 
 _MAX_FETCH_WAIT_S = 5.0
+_MAX_NAMED = 20  # in one line of the log
 
 _log = logging.getLogger(__name__)
 
@@ -82,6 +84,8 @@ class Identity:
         config = load_auth_file(auth_file)
         keys = None if config.keys_file is None else WatchedKeys(config.keys_file, _keep)
         jwt = None if config.jwt is None else self._verifier(config.jwt)
+        if keys is not None and jwt is None and config.mtls is None:
+            _warn_of_strays(config, keys.tenants)
         return _State(config, keys, jwt, AuthChain(keys, jwt, config.mtls))
 
     def _verifier(self, config: JwtConfig) -> JwtVerifier:
@@ -89,6 +93,23 @@ class Identity:
         if self._last_jwt is None or self._last_jwt[0] != config:
             self._last_jwt = config, JwtVerifier.open(config, _keep, self._fetch)
         return self._last_jwt[1]
+
+
+def _warn_of_strays(config: AuthConfig, tenants: frozenset[str]) -> None:
+    """Name what the policy says of tenants that nobody can be, which a slip of the pen looks like."""
+    policy = config.policy
+    owners = {owner for owner, _ in policy.shared_with}
+    guests = {guest for guests in policy.shared_with.values() for guest in guests}
+    strays = [f"[tenants.{name}]" for name in sorted(policy.limits.keys() - tenants - owners)]
+    strays += [f"share with {name}" for name in sorted(guests - tenants)]
+    # adapters of the default tenant, or of one with a table of its own, can be folders that the operator put there
+    known = {*tenants, *policy.limits, DEFAULT_TENANT}
+    strays += [f"share of {owner}/{adapter}" for owner, adapter in sorted(policy.shared_with) if owner not in known]
+    if strays:
+        more = f" and {len(strays) - _MAX_NAMED} more" if len(strays) > _MAX_NAMED else ""
+        names = ", ".join(strays[:_MAX_NAMED]) + more
+        remedy = "correct the names, or make keys with `multilora keys create`"
+        _log.warning("%s: no credential can be of the tenants in %s; %s", config.path, names, remedy)
 
 
 def _keep(error: Exception) -> None:

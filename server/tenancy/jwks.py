@@ -82,13 +82,16 @@ class JwksFile:
 
 
 class JwksUrl:
-    """Keys of a URL. The first fetch starts at once; while none succeeds the last keys, at first none, are used."""
+    """Keys of a URL. The first fetch starts at once; while none succeeds the last keys, at first none, are used.
 
-    def __init__(self, url: str, allowed: Collection[str], fetch: Fetch, on_error: OnError) -> None:
+    A fault is logged once, and again when it is another one (out of reach, or no JWKS) or is over.
+    """
+
+    def __init__(self, url: str, allowed: Collection[str], fetch: Fetch) -> None:
         self._url = url
         self._allowed = allowed
         self._fetch = fetch
-        self._on_error = on_error
+        self._fault = ""  # what the last fetch failed at; empty: it did not
         self._keys: tuple[VerificationKey, ...] = ()
         self._starting = threading.Lock()
         self._fetching: Future[None] | None = None
@@ -118,13 +121,29 @@ class JwksUrl:
 
     def _refresh(self, done: Future[None]) -> None:
         done.set_running_or_notify_cancel()  # who stops waiting must not cancel it for the others
+        step = "fetch"
         try:
-            self._keys = parse_jwks(self._fetch(self._url), self._url, self._allowed)
+            data = self._fetch(self._url)
+            step = "parse"
+            self._keys = parse_jwks(data, self._url, self._allowed)
             self._stale_monotonic = time.monotonic() + MAX_AGE_S
+            step = ""
+            if self._fault:
+                _log.warning("JWT issuer keys: %s answers again, with %d keys", self._url, len(self._keys))
         except Exception as error:  # noqa: BLE001 - whatever the peer did, the keys at hand serve on
-            self._on_error(error)
+            if step != self._fault:
+                self._warn(error)
         finally:
+            self._fault = step
             done.set_result(None)
+
+    def _warn(self, error: Exception) -> None:
+        cause = error if isinstance(error, JwksError) else f"{self._url}: {type(error).__name__}: {error}"
+        if self._keys:
+            rest = f"tokens of the keys fetched before ({len(self._keys)}) are accepted, those of newer keys refused"
+        else:
+            rest = "no keys were fetched yet, so every token is refused; API keys and client certificates still work"
+        _log.warning("JWT issuer keys: %s; %s; it is tried again every %g s", cause, rest, MIN_REFRESH_S)
 
 
 def parse_jwks(data: bytes, source: str, allowed: Collection[str]) -> tuple[VerificationKey, ...]:
@@ -204,5 +223,5 @@ def fetch_jwks(url: str, context: ssl.SSLContext | None = None) -> bytes:
                 if len(data) > _MAX_JWKS_BYTES or time.monotonic() > deadline_monotonic:
                     raise JwksError(f"{url}: is too large or too slow for a JWKS")
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise JwksError(f"{url}: cannot be fetched ({error}); the keys at hand are kept") from error
+        raise JwksError(f"{url}: cannot be fetched ({error})") from error
     return data

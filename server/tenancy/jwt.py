@@ -41,7 +41,7 @@ class JwtVerifier:
     def open(cls, config: JwtConfig, on_error: OnError, fetch: Fetch = fetch_jwks) -> JwtVerifier:
         """With the JWKS that the config names. Raises JwksError when a file cannot be used; a URL may come up later."""
         if config.is_url:
-            return cls(config, JwksUrl(config.jwks, config.algorithms, fetch, on_error))
+            return cls(config, JwksUrl(config.jwks, config.algorithms, fetch))
         return cls(config, JwksFile(Path(config.jwks), config.algorithms, on_error))
 
     def verify(self, token: str, now_unix_s: float) -> Principal | Future[None] | None:

@@ -87,12 +87,26 @@ class KeyRing:
 
     def verify(self, token: str, now_unix_s: float) -> Principal | None:
         """Whose key it is, None if it is malformed, unknown, wrong, expired or revoked."""
+        known = self._proven(token)
+        return known.principal if known is not None and now_unix_s < known.ends_unix_s else None
+
+    def id_of(self, token: str) -> str:
+        """Id of the key that a token is, also of one that is revoked or expired; empty if it is none of these keys."""
+        known = self._proven(token)
+        return "" if known is None else known.principal.name
+
+    @property
+    def tenants(self) -> frozenset[str]:
+        """Tenants of all keys, of those that are revoked or expired too."""
+        return frozenset(known.principal.tenant for known in self._known.values())
+
+    def _proven(self, token: str) -> _Known | None:
         match = _TOKEN.fullmatch(token)
         if match is None:
             return None
         known = self._known.get(match[1], self._nobody)
         is_right = hmac.compare_digest(_digest(known.salt, match[2]), known.digest)
-        return known.principal if is_right and now_unix_s < known.ends_unix_s else None
+        return known if is_right else None
 
 
 class KeyStore:
@@ -179,6 +193,13 @@ class WatchedKeys:
 
     def verify(self, token: str, now_unix_s: float) -> Principal | None:
         return self._ring.value.verify(token, now_unix_s)
+
+    def id_of(self, token: str) -> str:
+        return self._ring.value.id_of(token)
+
+    @property
+    def tenants(self) -> frozenset[str]:
+        return self._ring.value.tenants
 
     def poll(self) -> bool:
         return self._ring.poll()

@@ -12,10 +12,11 @@ import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from server.pb.multilora.v1 import adapters_pb2 as pb
+from server.tenancy.keys import utc_now
 from server.tenancy.model import Role
 from tests.service.fake_runtime import write_adapter
 from tests.service.harness import classify_request
-from tests.service.tenants import Caller, Door, code_of, guarded, make_door, request_for
+from tests.service.tenants import Caller, Door, code_of, guarded, make_door, request_for, until
 
 SECRET_TEXT = "the patient's name is Miller"
 CONFIG = b'{"labels": ["a", "b"]}'
@@ -127,6 +128,39 @@ async def test_who_is_nobody_is_one_line_whatever_it_called(root: Path, door: Do
     outcome = ("UNAUTHENTICATED", "UNAUTHENTICATED")
     assert seen(log) == [(method, "", *outcome) for method in (*methods, "ServerReflectionInfo")]
     assert {(line["principal"], line["tenant"]) for line in lines(log)} == {("", "")}
+
+
+async def test_a_line_about_an_alias_says_where_it_leads(root: Path, door: Door, tmp_path: Path) -> None:
+    log = tmp_path / "audit.jsonl"
+    split = request_for("SetAlias", "news", version=2, canary_version=1, canary_percent=12.5)
+    async with guarded(root, door, KEYS, audit_log=log) as (_, callers):
+        acme = callers["acme"]
+        await acme("SetAlias", request_for("SetAlias", "news", version=1))
+        await acme("SetAlias", split)
+        for _ in range(2):
+            rollback = request_for("SetAlias", "news", version=0, rollback=True)
+            await acme("SetAlias", rollback)
+        await code_of(acme("SetAlias", request_for("SetAlias", "news", version=7)))
+        await acme("DeleteAlias", request_for("DeleteAlias", "news"))
+    assert [line["versions"] for line in lines(log)] == ["1", "2, canary 1 at 12.5%", "2", "1", "7", ""]
+
+
+async def test_a_line_about_a_revoked_key_names_it(root: Path, door: Door, tmp_path: Path) -> None:
+    log = tmp_path / "audit.jsonl"
+    header = door.key("acme", *OWNER)
+    key_id = header.split("_")[1]
+    async with guarded(root, door, KEYS, audit_log=log) as (server, _):
+        caller = Caller(server.channel, header)
+        assert (await code_of(caller("GetUsage", request_for("GetUsage")))).name == "OK"
+        door.keys.revoke(key_id, utc_now())
+
+        async def is_denied() -> bool:
+            return (await code_of(caller("GetUsage", request_for("GetUsage")))).name == "UNAUTHENTICATED"
+
+        await until(is_denied)
+        forged = Caller(server.channel, f"Bearer ml_{key_id}_{'Z' * 43}")  # an id alone proves nothing
+        await code_of(forged("GetUsage", request_for("GetUsage")))
+    assert [(line["key_id"], line["principal"]) for line in lines(log)] == [(key_id, ""), ("", "")]
 
 
 async def test_no_text_and_no_secret_is_written_anywhere(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import AsyncGenerator
+import hashlib
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,34 @@ async def test_a_request_id_is_each_tenants_own(world: World) -> None:
         request = pb.PinAdapterRequest(adapter=f"{tenant}/news", pinned=True, request_id="1")
         failure = await failure_of(world.bolt("PinAdapter", request))
         assert failure.code is grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_tenant_cannot_take_all_upload_slots(world: World, tmp_path: Path) -> None:
+    header, data = pb.UploadAdapterRequest(), b'{"labels": ["a", "b"]}'
+    header.header.name = "sent"
+    header.header.files.add(path="adapter_config.json", num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    first = [header, pb.UploadAdapterRequest(data=data[:5])]
+
+    async def held(messages: list[pb.UploadAdapterRequest]) -> AsyncIterator[pb.UploadAdapterRequest]:
+        for message in messages:
+            yield message
+        await asyncio.Event().wait()
+
+    calls = [world.acme.start("UploadAdapter", held(first)) for _ in range(2)]
+    async with asyncio.timeout(5):
+        while len([*(tmp_path / "state" / "incoming").glob("*/*")]) < 2:
+            await asyncio.sleep(0.01)
+    whole = [header, pb.UploadAdapterRequest(data=data)]
+    failure = await failure_of(world.acme("UploadAdapter", whole))
+    assert (failure.code, failure.retry_after_s) == (grpc.StatusCode.RESOURCE_EXHAUSTED, 2.0)
+    assert "tenant acme sends 2 uploads at once, the limit of a tenant" in failure.message
+    assert (await world.bolt("UploadAdapter", whole)).adapter.version == 1
+    for call in calls:
+        call.cancel()
+    async with asyncio.timeout(5):
+        while [*(tmp_path / "state" / "incoming").glob("*")]:
+            await asyncio.sleep(0.01)
+    assert (await world.acme("UploadAdapter", whole)).adapter.version == 1
 
 
 async def test_a_folder_of_another_tenant_cannot_be_registered(world: World) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import resource
 import signal
@@ -150,9 +151,22 @@ def test_a_request_id_stands_for_one_call(method: str, sha256: str) -> None:
 def test_the_oldest_replies_are_dropped() -> None:
     with closing(StateStore(None)) as store:
         for number in range(MAX_REPLIES + 2):
-            store.commit(Changes(reply=replied(f"id-{number}")))
-        kept = [store.replay(f"id-{number}", "Register", SHA) is not None for number in (0, 1, 2, MAX_REPLIES + 1)]
+            store.commit(Changes(reply=replied(f"acme/id-{number}")))
+        kept = [store.replay(f"acme/id-{number}", "Register", SHA) is not None for number in (0, 1, 2, MAX_REPLIES + 1)]
     assert kept == [False, False, True, True]
+
+
+def test_a_tenant_that_floods_drops_its_own_replies_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.control.state.MAX_REPLIES", 3)
+    others = [f"{tenant}/id" for tenant in ("acm", "acme-2", "acme.x", "acme0", "beta")]
+    with closing(StateStore(None)) as store:
+        for request_id in others:
+            store.commit(Changes(reply=replied(request_id)))
+        for number in range(10):
+            store.commit(Changes(reply=replied(f"acme/{number}/x")))
+        assert all(store.replay(request_id, "Register", SHA) for request_id in others)
+        kept = [number for number in range(10) if store.replay(f"acme/{number}/x", "Register", SHA)]
+    assert kept == [7, 8, 9]
 
 
 def test_commits_of_many_threads_are_all_there(tmp_path: Path) -> None:
@@ -219,6 +233,37 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path / "file", tmp_path / "file" / "state"):
         with pytest.raises(StateError, match="name a directory that can be written"):
             StateStore(folder)
+
+
+@pytest.fixture
+def usual_umask() -> Iterator[None]:
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("usual_umask")
+def test_a_new_folder_is_its_owners_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "above" / "state"
+    with closing(StateStore(folder)) as store:
+        store.commit(Changes(put_registration=registered(NEWS)))
+        modes = {path.name: path.stat().st_mode & 0o777 for path in (folder.parent, folder, *folder.iterdir())}
+    files = {STATE_FILE: 0o600, f"{STATE_FILE}-wal": 0o600, f"{STATE_FILE}-shm": 0o600, "lock": 0o600}
+    assert modes == {"above": 0o755, "state": 0o700, **files}
+    StateStore(folder).close()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("mode", [0o750, 0o705, 0o755])
+def test_a_folder_that_others_can_read_is_told_and_left_as_it_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: int
+) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state").chmod(mode)
+    StateStore(tmp_path / "state").close()
+    (line,) = caplog.messages
+    assert str(tmp_path / "state") in line and f"{mode:04o}" in line and "chmod 700" in line
+    assert (tmp_path / "state").stat().st_mode & 0o777 == mode
 
 
 def damage_text(path: Path) -> None:

@@ -211,6 +211,23 @@ async def test_a_stream_ends_when_its_key_is_revoked(server: Harness, door: Door
         assert (await failure_of(stream.read())).code is DENIED
 
 
+async def test_a_stream_without_events_ends_when_its_key_is_revoked(
+    server: Harness, door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.rpc.interceptors.CHECK_AGAIN_S", 0.05)
+    header = door.key("acme")
+    watcher = Caller(server.channel, header)
+    await until(lambda: is_known(watcher))
+    stream = watcher.start("WatchAdapters", pb.WatchAdaptersRequest())
+    while not (await stream.read()).snapshot_complete:
+        pass
+    waiting = asyncio.ensure_future(stream.read())
+    assert not (await asyncio.wait({waiting}, timeout=0.2))[0], "a good key is left alone"
+    door.keys.revoke(header.split("_")[1], utc_now())
+    async with asyncio.timeout(5):
+        assert (await failure_of(waiting)).code is DENIED
+
+
 async def test_an_upload_ends_when_its_key_is_revoked(server: Harness, door: Door) -> None:
     header = door.key("acme", Role.INFER, Role.ADAPTERS)
     caller = Caller(server.channel, header)

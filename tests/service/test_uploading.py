@@ -260,8 +260,15 @@ async def test_a_repetition_gets_the_first_answer(root: Path, state: Path) -> No
         assert await upload(server, messages(request_id="1")) == first
         assert len(stored(state)) == len(FILES)
         other = messages(FILES | {"README.md": b"other"}, request_id="1")
-        assert (await failure_of(upload(server, other))).field == "request_id"
+        assert (await failure_of(upload(server, other))).field == "header.request_id"
         assert len(stored(state)) == len(FILES)
+
+
+@pytest.mark.parametrize("request_id", ["x" * 129, "used"])
+async def test_a_wrong_request_id_is_named_by_its_place_in_the_header(server: Harness, request_id: str) -> None:
+    await upload(server, messages(name="other", request_id="used"))
+    failure = await failure_of(upload(server, messages(request_id=request_id)))
+    assert (failure.code, failure.field) == (grpc.StatusCode.INVALID_ARGUMENT, "header.request_id")
 
 
 async def test_repetitions_at_once_are_one_upload(server: Harness, state: Path) -> None:

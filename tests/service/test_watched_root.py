@@ -326,3 +326,18 @@ async def test_a_store_is_a_root_like_a_folder(
         store.rm(f"/{tmp_path.name}/news", recursive=True)
         await watched.look()
         assert (await failure_of(watched.answers("news"))).code is grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_folder_that_can_be_read_in_two_ways_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "adapters"
+    write_adapter(root / "acme" / "tickets", labels=LABELS)
+    async with running(root, watch_seconds=0) as server:
+        assert sum("acme/tickets/1/" in message for message in caplog.messages) == 1
+        watched = watch(server, root)
+        await watched.look()
+        assert sum("ambiguous" in message for message in caplog.messages) == 1
+        write_adapter(root / "bolt" / "tickets", labels=LABELS)
+        await watched.look()
+    assert sum("bolt/tickets/1/" in message for message in caplog.messages) == 1

@@ -69,7 +69,49 @@ def test_tls_with_a_client_certificate(service: tuple[Service, grpc.Server], tmp
     options = ("--tls-ca", str(paths["ca"]), "--tls-cert", str(paths["cert"]), "--tls-key", str(paths["key"]))
     assert run(target, *options).exit_code == 0
     assert known.names == [b"acme"]
-    assert run(target, "--tls-ca", str(paths["ca"])).exit_code != 0, "the server wants a certificate"
+    without = run(target, "--tls-ca", str(paths["ca"]))
+    assert (without.exit_code, "TLS handshake" in without.output) == (3, True), "the server wants a certificate"
+    assert "--tls-cert" in without.output
+
+
+def trusting(folder: Path, ca: trustme.CA) -> tuple[str, str]:
+    ca.cert_pem.write_to_path(folder / "trusted")
+    return "--tls-ca", str(folder / "trusted")
+
+
+CASES = {  # whose certificate the server has (None: it speaks no TLS), whether we trust its CA, and what is said
+    "not trusted": ("localhost", False, True, "failed: the server's certificate is not trusted (unable to get local"),
+    "another host": ("elsewhere.example", True, True, "failed: the server's certificate is for another host"),
+    "no TLS there": (None, True, True, "failed: the server does not speak TLS; leave out --tls"),
+    "no TLS here": ("localhost", True, False, "closed the connection, as a server does that speaks TLS alone"),
+}
+
+
+@pytest.mark.parametrize(("host", "is_trusted", "uses_tls", "message"), CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("command", ["list", "watch"])
+def test_a_fault_of_tls_is_told_as_one(
+    service: tuple[Service, grpc.Server],
+    tmp_path: Path,
+    host: str | None,
+    is_trusted: bool,
+    uses_tls: bool,
+    message: str,
+    command: str,
+) -> None:
+    _, server = service
+    ca = trustme.CA()
+    if host is None:
+        target = f"localhost:{server.add_insecure_port('localhost:0')}"
+    else:
+        ours = ca.issue_cert(host)
+        pair = ours.private_key_pem.bytes(), ours.cert_chain_pems[0].bytes()
+        target = f"localhost:{server.add_secure_port('localhost:0', grpc.ssl_server_credentials([pair]))}"
+    server.start()
+    options = trusting(tmp_path, ca if is_trusted else trustme.CA()) if uses_tls else ()
+    done = CliRunner().invoke(adapters_app, [*options, command, "--server", target])
+    assert (done.exit_code, message in done.output) == (3, True), done.output
+    assert "cannot reach" not in done.output
+    assert "--tls" in done.output or "--server" in done.output
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,19 @@ def test_all_layouts_are_found_together(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_folder_that_may_be_a_tenants_adapter_without_a_version_is_told(tmp_path: Path) -> None:
+    make(tmp_path / "flat")
+    make(tmp_path / "acme" / "tickets")
+    make(tmp_path / "sure" / "1" / "english")
+    make(tmp_path / "bolt" / "tickets" / "1")
+    make(tmp_path / "base" / "english")
+    scan = scan_root(str(tmp_path))
+    assert AdapterId("default", "acme", 1) in scan.found
+    assert list(scan.doubtful) == ["acme"]
+    for part in ("acme/tickets is read as default/acme@1", "adapter tickets of tenant acme", "acme/tickets/1/"):
+        assert part in scan.doubtful["acme"]
+
+
 def test_the_url_is_the_folder_of_the_version(tmp_path: Path) -> None:
     make(tmp_path / "acme" / "tickets" / "2" / "english")
     found = scan_root(f"{tmp_path}/").found[AdapterId("acme", "tickets", 2)]

@@ -84,10 +84,12 @@ def test_a_line_says_who_did_what_and_how_it_ended(path: Path) -> None:
         "tenant": "acme",
         "method": DELETE,
         "target": "tenants/acme/adapters/news/versions/1",
+        "versions": "",
         "outcome": "OK",
         "reason": "",
         "request_id": "r1",
         "peer": "ipv4:10.0.0.7:5512",
+        "key_id": "",
     }
     assert (denied["principal"], denied["tenant"], denied["reason"]) == ("", "", "KEY_UNKNOWN")
 

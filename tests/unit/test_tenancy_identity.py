@@ -127,6 +127,44 @@ def test_a_broken_auth_file_changes_nothing(tmp_path: Path, caplog: pytest.LogCa
     assert identity.policy.limits_of("acme").weight == 2
 
 
+STRAY = """
+[tenants.acme]
+[tenants.acmee]
+[tenants.house]
+[[share]]
+adapter = "house/news"
+with = ["acme", "betaa"]
+[[share]]
+adapter = "hause/news"
+with = ["acme"]
+[[share]]
+adapter = "default/news"
+with = ["acme"]
+"""
+
+
+def test_tenants_that_nobody_can_be_are_told_once_per_reading(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    new_key(tmp_path)
+    identity = Identity(write(tmp_path, KEYS + STRAY))
+    identity.poll()
+    (warning,) = caplog.messages
+    assert "[tenants.acmee], share with betaa, share of hause/news;" in warning
+    assert "auth.toml" in warning and "keys create" in warning
+    write(tmp_path, KEYS + STRAY + "\n")
+    identity.poll()
+    assert len(caplog.messages) == 2
+
+
+@pytest.mark.parametrize("more", ["[mtls]\n", jwt_table("jwks.json")])
+def test_where_anybody_can_be_a_tenant_none_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, more: str
+) -> None:
+    new_key(tmp_path)
+    (tmp_path / "jwks.json").write_bytes(jwks(jwk_of(rsa_key(), "rsa")))
+    Identity(write(tmp_path, KEYS + more + STRAY))
+    assert not caplog.messages
+
+
 def test_a_broken_keys_file_does_not_stop_the_policy(tmp_path: Path) -> None:
     text = new_key(tmp_path)
     identity = Identity(write(tmp_path, KEYS))
@@ -214,6 +252,29 @@ async def test_an_issuer_that_is_down_takes_no_keys_away(
     assert "is not JSON" in caplog.text
 
 
+async def test_an_issuer_that_is_down_is_told_once_and_so_is_its_return(
+    tmp_path: Path, issuer: Issuer, clock: Callable[[float], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    issuer.is_up = False
+    identity = Identity(write(tmp_path, jwt_table(URL)), issuer.fetch)
+
+    async def fetch_again() -> None:
+        clock(1000)
+        with pytest.raises(Unauthenticated):
+            await identity.authenticate_patiently(bearer(token(rsa_key("thief"), "new")), {})
+
+    for is_up in (False, False, True, True, False, False):
+        issuer.is_up = is_up
+        await fetch_again()
+    assert issuer.num_fetches >= 6
+    down, back, down_again = caplog.records
+    assert {record.levelname for record in caplog.records} == {"WARNING"}
+    assert all(URL in record.getMessage() for record in caplog.records)
+    assert "(refused); no keys were fetched yet" in down.getMessage()
+    assert "answers again" in back.getMessage()
+    assert "keys fetched before (1) are accepted" in down_again.getMessage()
+
+
 async def test_a_withdrawn_key_is_dropped_without_being_asked_for(
     tmp_path: Path, issuer: Issuer, clock: Callable[[float], None]
 ) -> None:
@@ -285,11 +346,11 @@ def test_an_endpoint_without_a_trusted_certificate_is_refused(https: tuple[str, 
         fetch_jwks(https[0] + "/jwks")
 
 
-def test_an_endpoint_that_is_down_is_an_error_of_its_own() -> None:
-    errors: list[Exception] = []
-    source = JwksUrl("https://localhost:9/jwks", ["RS256"], fetch_jwks, errors.append)
+def test_an_endpoint_that_is_down_is_told_and_gives_no_keys(caplog: pytest.LogCaptureFixture) -> None:
+    source = JwksUrl("https://localhost:9/jwks", ["RS256"], fetch_jwks)
     fetch = source.want_unknown()
     if fetch is not None:
         fetch.result(10)
     assert source.keys == ()
-    assert [type(error) for error in errors] == [JwksError]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "https://localhost:9/jwks: cannot be fetched" in caplog.text

@@ -32,10 +32,11 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """What was found under a root, and what was not taken: its name below the root and why."""
+    """What was found under a root, what was not taken, and what could be meant otherwise: name below the root, why."""
 
     found: dict[AdapterId, Found] = field(default_factory=dict[AdapterId, Found])
     skipped: dict[str, str] = field(default_factory=dict[str, str])
+    doubtful: dict[str, str] = field(default_factory=dict[str, str])
 
 
 def scan_root(root: str) -> Scan:
@@ -80,6 +81,8 @@ class _Walk:
             self._tenant(name, children)
         elif len(children.named) == 1:
             self._add(name, DEFAULT_TENANT, name, 1, (folder, *children.named.values()))
+            if name not in self.scan.skipped:
+                self.scan.doubtful[name] = _doubt(name, *children.named)
         elif children.named:
             self.scan.skipped[name] = _several(children.named)
         elif not children.num_versions:
@@ -172,6 +175,13 @@ class _Walk:
 
 def _is_digits(name: str) -> bool:
     return name.isascii() and name.isdigit()
+
+
+def _doubt(name: str, sub: str) -> str:
+    return (
+        f"{name}/{sub} is read as {AdapterId(DEFAULT_TENANT, name, 1)}, which PEFT saved in a sub-folder of its name; "
+        f"is it adapter {sub} of tenant {name}, move its files to {name}/{sub}/1/; is it not, to {name}/1/"
+    )
 
 
 def _several(homes: Collection[str]) -> str:

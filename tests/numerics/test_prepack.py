@@ -1,0 +1,64 @@
+"""Prepacked projections: the same answers, whatever the class; where oneDNN fails, they stay as they are."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from lora_runtime.batch import Row
+from lora_runtime.model.load import load_base
+from lora_runtime.model.wrapped import LoraLinear
+from lora_runtime.runtime import Runtime, RuntimeSettings
+from lora_runtime.types import TokenSequence
+
+
+def linears(base: Any) -> list[LoraLinear]:
+    return [module for module in base.backbone.inputs.module.modules() if isinstance(module, LoraLinear)]
+
+
+@pytest.fixture(scope="module")
+def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory, encoder_path: Path) -> Path:
+    folder = tmp_path_factory.mktemp("gpt2")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=30522, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(encoder_path).save_pretrained(folder)
+    return folder
+
+
+def hidden(folder: Path, *, prepack: bool) -> torch.Tensor:
+    rows = [Row(TokenSequence(tuple(range(5, 5 + n)), None)) for n in (1, 9, 30)]
+    with Runtime(folder, RuntimeSettings(arena_bytes=1 << 20, prepack=prepack)) as runtime:
+        assert all((linear.prepacked is not None) is prepack for linear in linears(runtime.runner._base))  # pyright: ignore[reportPrivateUsage]
+        return runtime.engine.call(lambda: runtime.runner.hidden_states(rows))
+
+
+@pytest.mark.parametrize("name", ["tiny_bert", "tiny_gpt2"])
+def test_prepacked_projections_compute_the_same(name: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(name)
+    torch.testing.assert_close(hidden(folder, prepack=True), hidden(folder, prepack=False), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("fault", ["missing", "inexact"])
+def test_where_onednn_is_missing_or_inexact_the_projections_stay_as_they_are(
+    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    class Faulty:
+        def _reorder_linear_weight(self, weight: torch.Tensor, _rows: None) -> torch.Tensor:
+            if fault == "missing":
+                raise NotImplementedError("not built with oneDNN")
+            return weight
+
+        def _linear_pointwise(self, x: torch.Tensor, weight: torch.Tensor, *_rest: object) -> torch.Tensor:
+            return x @ weight.t() * 1.1
+
+    monkeypatch.setattr(torch.ops, "mkldnn", Faulty())
+    with caplog.at_level(logging.WARNING):
+        base = load_base(tiny_bert)
+    assert all(linear.prepacked is None for linear in linears(base))
+    assert "projections are not prepacked" in caplog.text
