@@ -47,7 +47,7 @@ class Scale:
 
 SCALES = {
     "full": Scale(
-        num_texts=64, token_budgets=(256, 512, 1024), capacity_windows=3, capacity_s=5.0, in_flight=192,
+        num_texts=64, token_budgets=(256, 512), capacity_windows=3, capacity_s=5.0, in_flight=192,
         noisy_pairs=5, noisy_window_s=5.0, noisy_burst=128, lead_s=2.2, shares_s=20.0, overload_pairs=3, closed_s=6.0,
         open_s=8.0, cancels=1000, cancel_workers=48,
     ),
