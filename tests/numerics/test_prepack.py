@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +64,22 @@ def test_where_onednn_is_missing_or_inexact_the_projections_stay_as_they_are(
         base = load_base(tiny_bert)
     assert all(linear.prepacked is None for linear in linears(base))
     assert "projections are not prepacked" in caplog.text
+
+
+def test_compiled_products_of_many_batch_sizes_take_little_memory() -> None:
+    """In a process of its own: the limits are read once. Without them it grows by 200 MB and more."""
+    script = """
+import torch
+import lora_runtime.model.prepack
+def rss():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
+torch.set_num_threads(1)
+with torch.inference_mode():
+    packed = torch.ops.mkldnn._reorder_linear_weight(torch.randn(1536, 384), None)
+    before = rss()
+    for n in range(1, 400):
+        torch.ops.mkldnn._linear_pointwise(torch.randn(n, 384), packed, None, "none", [], "")
+print(rss() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    assert int(done.stdout) < 200

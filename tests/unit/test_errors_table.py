@@ -6,11 +6,11 @@ import grpc
 import pytest
 
 from lora_runtime import errors
-from server.early_refusal import DeadlineUnreachable
 from server.backend import ServerStarting
 from server.control.events import WatchTooSlow
 from server.control.state import StateError, StateUnavailable
 from server.control.uploads import UploadTooLarge
+from server.early_refusal import DeadlineUnreachable
 from server.rpc.caller import PermissionDenied
 from server.rpc.errors import CODES, code_of, to_status
 from server.rpc.uploading import UploadsDisabled, UploadStalled

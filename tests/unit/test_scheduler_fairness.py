@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from lora_runtime.scheduler import CREDIT_TOKENS, TURN_TOKENS, Scheduler
+from lora_runtime.scheduler import CREDIT_TOKENS, TURN_TOKENS, Scheduler, Ticket, Work
 from lora_runtime.types import AdapterId, Request, Task, TokenSequence
 
 BUDGET = 1024  # tokens a batch
@@ -86,15 +86,17 @@ def jain(values: Iterable[float]) -> float:
     return sum(got) ** 2 / (len(got) * sum(value * value for value in got))
 
 
-def test_a_tenant_at_ten_times_the_load_does_not_make_nine_others_wait() -> None:
-    seconds, per_s, budget = 60.0, 27.0, 64  # the nine: 78 % of the engine; batches are short against what they wait
+@pytest.mark.parametrize(("budget", "bound"), [(64, 1.5), (128, 1.5), (256, 2.0)])
+def test_a_tenant_at_ten_times_the_load_does_not_make_nine_others_wait(budget: int, bound: float) -> None:
+    """A batch that runs is waited for: the larger it is, the more of that is seen beside what they wait alone."""
+    seconds, per_s = 60.0, 27.0  # the nine: 78 % of the engine
     calm = [a for n in range(9) for a in steady(f"t{n}", per_s, seconds, n)]
     alone = simulate(calm, seconds, budget=budget)
     noisy = simulate([*calm, *steady("noisy", 10 * per_s, seconds, 99)], seconds, budget=budget)
     others = tuple(f"t{n}" for n in range(9))
-    assert noisy.p99(*others) <= 1.5 * alone.p99(*others)
+    assert noisy.p99(*others) <= bound * alone.p99(*others)
     for tenant in others:
-        assert noisy.p99(tenant) <= 2 * alone.p99(tenant), f"{tenant} waits"
+        assert noisy.p99(tenant) <= 2 * alone.p99(*others), f"{tenant} waits"
     assert noisy.p99("noisy") > 10 * noisy.p99("t0"), "the noisy one waits for itself"
 
 
@@ -140,6 +142,56 @@ def test_one_that_asks_for_little_goes_before_those_that_have_had_more() -> None
     backlog = [Arrival(0.0, f"t{n}", lengths=(32,) * 500) for n in range(50)]
     outcome = simulate([*backlog, Arrival(10.0, "new")], 13.0)
     assert outcome.waits["new"][0] <= 2.5 * BUDGET / TOKENS_PER_S
+
+
+def add(scheduler: Scheduler, name: str, tenant: str, length: int = 32) -> Ticket:
+    sequences = (TokenSequence((1,) * length, None),)
+    return scheduler.add(Request(name, AdapterId(tenant, "a", 1), Task.CLASSIFY, sequences), Future(), 0.0)
+
+
+def run(scheduler: Scheduler) -> list[Work]:
+    work = scheduler.schedule(lambda _adapter: True)
+    for item in work:
+        scheduler.finish(item.ticket)
+    return work
+
+
+def test_a_backlog_does_not_fill_up_the_batch_of_one_that_asks_for_little() -> None:
+    scheduler = Scheduler(BUDGET, 256)
+    for n in range(1000):
+        add(scheduler, f"n{n}", "noisy")
+    for _ in range(5):
+        assert sum(item.num_tokens for item in run(scheduler)) == BUDGET, "alone, it has the whole batch"
+    add(scheduler, "q", "quick")
+    work = run(scheduler)
+    assert work[0].ticket.adapter.tenant == "quick"
+    assert sum(item.num_tokens for item in work) <= 32 + BUDGET // 4 + TURN_TOKENS
+    assert sum(item.num_tokens for item in run(scheduler)) == BUDGET
+
+
+def test_what_fits_into_one_batch_is_not_spread_over_two() -> None:
+    scheduler = Scheduler(BUDGET, 256)
+    for n in range(200):
+        add(scheduler, f"n{n}", "noisy")
+    while scheduler.open_tickets():
+        run(scheduler)
+    add(scheduler, "q", "quick")
+    for n in range(BUDGET // 32 - 1):
+        add(scheduler, f"m{n}", "noisy")
+    assert len(run(scheduler)) == BUDGET // 32
+
+
+def test_one_that_used_an_idle_engine_goes_before_a_backlog_as_if_it_had_not() -> None:
+    scheduler = Scheduler(BUDGET, 256)
+    for n in range(500):
+        add(scheduler, f"s{n}", "steady")
+        run(scheduler)
+    for n in range(500):
+        add(scheduler, f"n{n}", "noisy")
+    for _ in range(4):  # what it may send at once when it comes back
+        run(scheduler)
+    add(scheduler, "s", "steady")
+    assert "steady" in {item.ticket.adapter.tenant for item in run(scheduler)}
 
 
 def test_idling_earns_a_bounded_credit() -> None:
