@@ -70,13 +70,10 @@ def main(
 def _flag(setting: str) -> Any:
     """The option of one setting; its help, default and variable come from the setting itself."""
     field = ServeSettings.model_fields[setting]
-    flag = flag_of(setting)
+    default = "" if field.is_required() or field.default in (None, ()) else f" Default: {field.default}."
     if field.annotation is bool:
-        default = f" Default: {'yes' if field.default else 'no'}."
-        flag = f"{flag}/--no-{flag.removeprefix('--')}"
-    else:
-        default = "" if field.is_required() or field.default in (None, ()) else f" Default: {field.default}."
-    return typer.Option(flag, help=f"{field.description}{default} [{variable_of(setting)}]")
+        default = f" yes or no. Default: {'yes' if field.default else 'no'}."
+    return typer.Option(flag_of(setting), help=f"{field.description}{default} [{variable_of(setting)}]")
 
 
 @app.command()
@@ -92,14 +89,14 @@ def serve(
     audit_log: Annotated[Path | None, _flag("audit_log")] = None,
     reflection: Annotated[str | None, _flag("reflection")] = None,
     health: Annotated[str | None, _flag("health")] = None,
-    refuse_early: Annotated[bool | None, _flag("refuse_early")] = None,
+    refuse_early: Annotated[str | None, _flag("refuse_early")] = None,
     host: Annotated[str | None, _flag("host")] = None,
     port: Annotated[int | None, _flag("port")] = None,
     metrics_host: Annotated[str | None, _flag("metrics_host")] = None,
     metrics_port: Annotated[int | None, _flag("metrics_port")] = None,
     preload: Annotated[str | None, _flag("preload")] = None,
     threads: Annotated[int | None, _flag("threads")] = None,
-    prepack: Annotated[bool | None, _flag("prepack")] = None,
+    prepack: Annotated[str | None, _flag("prepack")] = None,
     tokenizer_threads: Annotated[int | None, _flag("tokenizer_threads")] = None,
     loader_threads: Annotated[int | None, _flag("loader_threads")] = None,
     arena_mib: Annotated[int | None, _flag("arena_mib")] = None,

@@ -60,7 +60,7 @@ def _shares(part: dict[str, Any]) -> list[str]:
 
 _SERVERS = {
     "default": "as it comes",
-    "no-early-refusal": "`--no-refuse-early`",
+    "no-early-refusal": "`--refuse-early no`",
     "short-queue": "`--max-queued-sequences` of one second's work",
 }
 

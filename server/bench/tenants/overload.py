@@ -46,7 +46,7 @@ def measure_overload(
     queue = measuring.queue = max(int(_QUEUE_S * measuring.capacity), len(STEADY) * LIST_TEXTS)
     short = ("--max-queued-sequences", str(queue), "--max-inputs", str(LIST_TEXTS))
     others = [
-        TenantServer(bench.base, site, bench.threads, "no-early-refusal", "--no-refuse-early"),
+        TenantServer(bench.base, site, bench.threads, "no-early-refusal", "--refuse-early", "no"),
         TenantServer(bench.base, site, bench.threads, "short-queue", *short),
     ]
     servers = [default, *others]
