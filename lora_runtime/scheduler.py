@@ -5,8 +5,8 @@ Both levels are virtual token counters (Sheng et al. 2024, "Fairness in serving 
 with the least service per weight is served next. One that comes back from idling is lifted to just below those that
 wait: it has a credit of at most `CREDIT_TOKENS`, which lets a tenant that asks for less than its share go before one
 that asks for more, even when its requests come in bursts. Whoever finds the engine idle takes nothing from anybody, and
-raises the level that credit is counted from. A batch that begins with such a tenant is not filled up by
-those with a backlog, or each small request would take as long as the largest batch: they get a quarter of it.
+raises the level that credit is counted from. A batch that begins with a tenant in credit is not filled up by those with
+a backlog, or each small request would take as long as the largest batch: they get what is left of a quarter of it.
 Chosen over deficit round robin, whose turns go in a cycle: a tenant that comes back does not wait for the cycle's end,
 and the bound does not grow with the number of tenants. The bound: while two tenants both wait for ready adapters, their
 service per weight drifts apart by at most one turn (`TURN_TOKENS` and the sequence that passes it) per weight, beside
@@ -32,7 +32,7 @@ _LIGHT_TOKENS = CREDIT_TOKENS / 4  # of credit, from which on others do not fill
 _FILL = 0.25  # of the budget, up to which they do
 TURN_TOKENS = 128  # of one flow before another has its turn: neighbours in a batch share their adapter's products
 PRIORITY_BASE = 4.0
-_MIN_KEPT = 64
+_MIN_KEPT = 64  # tenants that are remembered, before any is forgotten
 
 
 @dataclass(slots=True, eq=False)
@@ -206,14 +206,18 @@ class Scheduler:
             for flow in self._by_adapter[adapter].values():
                 able.setdefault(flow.tenant, []).append(flow)
         for name, flows in able.items():
-            tenant = self._tenants[name]
-            if name not in self._waiting:
-                tenant.served = max(tenant.served, self._floor - CREDIT_TOKENS / self._weight_of(name))
-            self._lift_flows(tenant, flows)
+            if name not in self._waiting:  # its adapter was not ready until now: no credit for that either
+                self._lift(name)
+            self._lift_flows(self._tenants[name], flows)
         self._waiting = frozenset(able)
         turns = [self._turn(name, flows) for name, flows in able.items()]
         heapq.heapify(turns)
         return turns
+
+    def _lift(self, name: str) -> None:
+        """Whoever comes back has a bounded credit, however long it was away."""
+        tenant = self._tenants[name]
+        tenant.served = max(tenant.served, self._floor - CREDIT_TOKENS / self._weight_of(name))
 
     def _is_light(self, name: str) -> bool:
         return self._tenants[name].served < self._floor - _LIGHT_TOKENS / self._weight_of(name)
@@ -254,6 +258,8 @@ class Scheduler:
         if len(self._tenants) > self._keep_up_to:
             self._forget_idle()
         tenant = self._tenants.setdefault(name, _Tenant())
+        if not tenant.flows:
+            self._lift(name)
         if key not in tenant.flows:
             tenant.flows[key] = _Flow(name, *key)
         flow = tenant.flows[key]

@@ -9,14 +9,9 @@ from dataclasses import dataclass
 
 from lora_runtime.errors import CapacityExceeded
 from server.early_refusal import EarlyRefusal
-from server.retry import clamp_retry_s
+from server.retry import retry_after_s
 
 _SMOOTHING = 0.1  # weight of the newest hold time in the moving average
-
-
-def retry_after_s(num_missing: int, num_held: int, mean_hold_s: float) -> float:
-    """When `num_missing` of `num_held` will be free. Little's law: num_held / mean_hold_s come back per second."""
-    return clamp_retry_s(num_missing * mean_hold_s / max(num_held, 1))
 
 
 @dataclass(slots=True)

@@ -116,17 +116,22 @@ class EarlyRefusal:
         if answered:
             self._pace.completed(num_sequences, self._num_inside)
 
-    def wait_s(self, tenant: str, num_sequences: int) -> float | None:
-        """Until a request that comes now is answered; None: nobody is inside, or too little is known."""
+    def check(self, tenant: str, num_sequences: int, remaining_s: float) -> None:
+        """Raise DeadlineUnreachable when an answer would probably come after `remaining_s`.
+
+        Nobody is refused while nobody is inside, or while too little is known.
+        """
         if not self._num_inside or (each_s := self._pace.seconds_each(self._num_inside)) is None:
-            return None
+            return
+        each_s *= _CAUTION
+        wait_s = (self._num_inside + num_sequences) * each_s
+        if wait_s > max(remaining_s, 0.0):  # only then are the tenants looked at, who may be many
+            wait_s = min(wait_s, self._share_ahead(tenant, num_sequences) * each_s)
+        if wait_s > max(remaining_s, 0.0):
+            raise DeadlineUnreachable(wait_s, remaining_s)
+
+    def _share_ahead(self, tenant: str, num_sequences: int) -> float:
+        """Sequences of all that are served until a request of `tenant` is, by weight."""
         weight = self._weight_of(tenant)
         weights = weight + sum(self._weight_of(other) for other in self._inside if other != tenant)
-        by_share = (self._inside.get(tenant, 0) + num_sequences) * weights / weight
-        return min(self._num_inside + num_sequences, by_share) * each_s
-
-    def check(self, tenant: str, num_sequences: int, remaining_s: float) -> None:
-        """Raise DeadlineUnreachable when an answer would probably come after `remaining_s`."""
-        wait_s = self.wait_s(tenant, num_sequences)
-        if wait_s is not None and _CAUTION * wait_s > max(remaining_s, 0.0):
-            raise DeadlineUnreachable(_CAUTION * wait_s, remaining_s)
+        return (self._inside.get(tenant, 0) + num_sequences) * weights / weight

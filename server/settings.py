@@ -220,5 +220,6 @@ def _describe(error: ValidationError, from_environment: set[str]) -> str:
             lines.append(f"{flag_of(name)} is required (or {variable_of(name)}). {what}")
         else:
             place = variable_of(name) if name in from_environment else flag_of(name)
-            lines.append(f"{place}: {message}")
+            is_switch = fault["type"] == "bool_parsing"
+            lines.append(f"{place}: {fault['input']!r} is neither yes nor no" if is_switch else f"{place}: {message}")
     return "\n".join(lines)

@@ -154,4 +154,3 @@ class BaseModel:
     backbone: Backbone
     heads: dict[Task, TaskHead | PooledHead]
     tokenizer: PreTrainedTokenizerBase
-    hidden_size: int

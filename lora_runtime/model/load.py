@@ -106,7 +106,7 @@ def _load(name_or_path: str | Path, name: str, prepack: bool) -> BaseModel:
     pooled = PooledHead(Pooling.LAST if looked.decoder else Pooling.MEAN)
     all_heads: dict[Task, TaskHead | PooledHead] = {**heads, Task.EMBED: pooled}
     spec = _make_spec(name, looked, backbone, all_heads, linears, sites, groups, tokenizer)
-    return BaseModel(spec, backbone, all_heads, tokenizer, looked.config.hidden_size)
+    return BaseModel(spec, backbone, all_heads, tokenizer)
 
 
 def is_decoder(config: Any) -> bool:

@@ -45,12 +45,11 @@ class TokenBucket:
             self.settle(amount)
         return wait_s
 
-    def give_back(self, amount: float) -> None:
-        """What was taken and not used."""
-        self.settle(-amount)
-
     def settle(self, amount: float) -> None:
-        """Correct a charge by `amount` in any case, into debt if need be: what is charged was used already."""
+        """Correct a charge by `amount` in any case, into debt if need be: what is charged was used already.
+
+        Less than 0 gives back what was taken and not used.
+        """
         self._balance = self.balance - amount  # read with the burst as its bound
 
     def retune(self, rate_per_s: float, burst: float) -> None:

@@ -14,8 +14,9 @@ from types import TracebackType
 from typing import Self
 
 from lora_runtime.errors import CapacityExceeded
-from server.admission import MeanHold, retry_after_s
+from server.admission import MeanHold
 from server.early_refusal import DeadlineUnreachable
+from server.retry import retry_after_s
 from server.tenancy.bucket import Clock, TokenBucket
 from server.tenancy.model import Limits, Policy
 from server.tenancy.quota import Quota, QuotaExceeded

@@ -255,6 +255,8 @@ def test_a_pace_of_long_ago_is_forgotten() -> None:
 def test_refusals_cost_the_loop_less_than_a_millisecond() -> None:
     served = Served()
     served.admit(200)
+    for n in range(500):
+        served.admit(tenant=f"t{n}")
     served.answer(100)
     costs: list[float] = []
     for _ in range(200):

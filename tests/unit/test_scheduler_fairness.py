@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -167,6 +167,29 @@ def test_a_backlog_does_not_fill_up_the_batch_of_one_that_asks_for_little() -> N
     assert work[0].ticket.adapter.tenant == "quick"
     assert sum(item.num_tokens for item in work) <= 32 + BUDGET // 4 + TURN_TOKENS
     assert sum(item.num_tokens for item in run(scheduler)) == BUDGET
+
+
+def test_one_that_was_forgotten_comes_back_with_a_bounded_credit() -> None:
+    """Also when it was served in the last batch, and is forgotten as it comes back."""
+    scheduler = Scheduler(BUDGET, 256)
+    for n in range(3000):  # alone, for long: the level is far above 0
+        add(scheduler, f"h{n}", "heavy")
+        run(scheduler)
+    for n in range(100):
+        add(scheduler, f"t{n}", f"t{n}", 1)
+    add(scheduler, "b", "back", 1)
+    while scheduler.open_tickets():
+        run(scheduler)
+    add(scheduler, "l", "long", 4096)  # into an idle engine: all others have their credit back
+    add(scheduler, "b2", "back")
+    for n in range(1000):
+        add(scheduler, f"h{n}", "heavy")
+        add(scheduler, f"c{n}", "back")
+    got: Counter[str] = Counter()
+    for _ in range(20):
+        for item in run(scheduler):
+            got[item.ticket.adapter.tenant] += item.num_tokens
+    assert abs(got["back"] - got["heavy"]) <= CREDIT_TOKENS + 2 * TURN_TOKENS
 
 
 def test_what_fits_into_one_batch_is_not_spread_over_two() -> None:

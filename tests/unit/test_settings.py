@@ -21,6 +21,12 @@ def test_a_flag_wins_over_its_variable_and_both_over_the_default(tmp_path: Path)
     assert (settings.port, settings.metrics_port, settings.max_inputs) == (8000, 7001, 256)
 
 
+def test_a_switch_is_yes_or_no(tmp_path: Path) -> None:
+    assert resolve(tmp_path).refuse_early
+    assert not resolve(tmp_path, refuse_early="no").refuse_early
+    assert not resolve(tmp_path, {"MULTILORA_PREPACK": "no"}).prepack
+
+
 def test_preload_is_a_list_separated_by_commas(tmp_path: Path) -> None:
     assert resolve(tmp_path, preload="a, b@2,").preload == ("a", "b@2")
     assert resolve(tmp_path, {"MULTILORA_PRELOAD": "a"}).preload == ("a",)
@@ -40,6 +46,8 @@ def test_settings_are_frozen(tmp_path: Path) -> None:
         ({}, {"MULTILORA_PORT": "abc"}, "MULTILORA_PORT: .*integer"),
         ({"adapters": Path("absent")}, {}, "--adapters: absent is not a folder"),
         ({"preload": "a,b c"}, {}, "--preload: 'b c' is not a name"),
+        ({"refuse_early": "maybe"}, {}, "--refuse-early: 'maybe' is neither yes nor no"),
+        ({}, {"MULTILORA_PREPACK": "2"}, "MULTILORA_PREPACK: '2' is neither yes nor no"),
         ({"max_inputs": 0}, {}, "--max-inputs: .*greater than or equal to 1"),
         ({"max_inputs": 10, "max_queued_sequences": 5}, {}, "--max-queued-sequences 5 is less"),
         ({"grace": -1.0}, {}, "--grace: "),

@@ -98,7 +98,7 @@ def test_a_bucket_is_never_fuller_than_full(calls: list[tuple[str, float]]) -> N
     clock = Clock()
     bucket = TokenBucket(3, 10, clock)
     for method, amount in calls:
-        getattr(bucket, method)(amount)
+        bucket.take(amount) if method == "take" else bucket.settle(-amount if method == "give_back" else amount)
         clock.now += 0.1
         assert bucket.balance <= 10
 
