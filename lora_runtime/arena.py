@@ -192,7 +192,8 @@ class SlotTable:
 
     On the host the arrays are numpy; `a_offset`, `b_offset`, `rank` and `scaling` are the same memory as tensors, so
     that a kernel can read them. Each slot has a generation that grows when it is released: (slot, generation) names
-    one adapter's stay and is never reused.
+    one adapter's stay and is never reused. `version` grows with every change, and `changed_at[slot]` is the version of
+    the slot's last one, so that a copy elsewhere can be brought up to date by copying what changed.
     """
 
     def __init__(self, num_sites: int, groups: tuple[SiteGroup, ...], num_slots: int = 64) -> None:
@@ -201,6 +202,7 @@ class SlotTable:
         self._free = list(range(num_slots - 1, -1, -1))
         self._published: dict[int, tuple[SitePlacement, ...]] = {}
         self._acquired: set[int] = set()
+        self.version = 0
         self._grow_arrays(num_slots)
 
     @property
@@ -228,6 +230,7 @@ class SlotTable:
         for group in self.groups:
             self.group_rank[slot, group.index] = sum(int(self._rank[slot, site.index]) for site in group.sites)
         self._published[slot] = placements
+        self._note_change(slot)
 
     def move(self, slot: int, run: Run) -> None:
         """Point a published slot at its image's new place; its generation grows, so that no view of the old is used."""
@@ -245,6 +248,7 @@ class SlotTable:
         self.generation[slot] += 1
         self._acquired.remove(slot)
         self._free.append(slot)
+        self._note_change(slot)
 
     def entry(self, slot: int, site: int) -> tuple[int, int, int, float]:
         """(offset of A, offset of B, rank, scaling) of one site of one slot, offsets in arena elements."""
@@ -260,20 +264,23 @@ class SlotTable:
             if slot not in self._published:
                 assert not self._rank[slot].any(), f"slot {slot} is not published but has ranks"
 
+    def _note_change(self, slot: int) -> None:
+        self.version += 1
+        self.changed_at[slot] = self.version
+
     def _grow_arrays(self, num_slots: int) -> None:
-        def grown(name: str, width: int, dtype: type) -> np.ndarray:
-            array = np.zeros((num_slots, width), dtype=dtype)
+        def grown(name: str, dtype: type, *shape: int) -> np.ndarray:
+            array = np.zeros((num_slots, *shape), dtype=dtype)
             if (old := getattr(self, name, None)) is not None:
                 array[: len(old)] = old
             return array
 
-        self._a = grown("_a", self._num_sites, np.int64)
-        self._b = grown("_b", self._num_sites, np.int64)
-        self._rank = grown("_rank", self._num_sites, np.int32)
-        self._scaling = grown("_scaling", self._num_sites, np.float32)
-        self.group_rank = grown("group_rank", len(self.groups), np.int32)  # [slot, group]: sum over its sites
-        old_generation = getattr(self, "generation", np.zeros(0, dtype=np.int64))
-        self.generation = np.zeros(num_slots, dtype=np.int64)
-        self.generation[: len(old_generation)] = old_generation
+        self._a = grown("_a", np.int64, self._num_sites)
+        self._b = grown("_b", np.int64, self._num_sites)
+        self._rank = grown("_rank", np.int32, self._num_sites)
+        self._scaling = grown("_scaling", np.float32, self._num_sites)
+        self.group_rank = grown("group_rank", np.int32, len(self.groups))  # [slot, group]: sum over its sites
+        self.generation = grown("generation", np.int64)
+        self.changed_at = grown("changed_at", np.int64)
         self.a_offset, self.b_offset = torch.from_numpy(self._a), torch.from_numpy(self._b)
         self.rank, self.scaling = torch.from_numpy(self._rank), torch.from_numpy(self._scaling)
