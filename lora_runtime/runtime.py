@@ -57,6 +57,7 @@ class RuntimeSettings:
     num_threads: int | None = None  # torch's intra-op threads; None leaves torch's choice
     dtype: str = "float32"
     prepack: bool = True  # keep reordered copies of the base's projections: faster, and as much memory again
+    quantize: str = "none"  # the base's projections: a `Quantization`; has them not prepacked
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ class Runtime:
             raise BaseModelUnsupported(f"dtype {settings.dtype!r} is not served; float32 is", dtype=settings.dtype)
         # In a thread that ends: its team of OpenMP threads ends with it, so the engine's is the only one.
         with ThreadPoolExecutor(1, thread_name_prefix="multilora-base") as loading:
-            model = loading.submit(load_base, base, prepack=settings.prepack).result()
+            model = loading.submit(load_base, base, prepack=settings.prepack, quantize=settings.quantize).result()
         stack_bytes = settings.arena_bytes // _STACKS_SHARE
         arena = RankArena(settings.arena_bytes - stack_bytes, torch.float32)
         slots = SlotTable(len(model.spec.sites), model.spec.groups)

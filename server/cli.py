@@ -22,6 +22,7 @@ from server.settings import ServeSettings, SettingsError, flag_of, resolve_setti
 LAZY_COMMANDS = {
     "train": "server.cli_train:train_app",
     "bench": "server.cli_bench:bench_app",
+    "tune": "server.cli_tune:tune_app",
     "demo": "server.cli_demo:demo_app",
     "adapters": "server.cli_adapters:adapters_app",
     "keys": "server.cli_keys:keys_app",
@@ -97,6 +98,7 @@ def serve(
     preload: Annotated[str | None, _flag("preload")] = None,
     threads: Annotated[int | None, _flag("threads")] = None,
     prepack: Annotated[str | None, _flag("prepack")] = None,
+    quantize: Annotated[str | None, _flag("quantize")] = None,
     tokenizer_threads: Annotated[int | None, _flag("tokenizer_threads")] = None,
     loader_threads: Annotated[int | None, _flag("loader_threads")] = None,
     arena_mib: Annotated[int | None, _flag("arena_mib")] = None,

@@ -48,6 +48,7 @@ def load_runtime(settings: ServeSettings, fetcher: Fetcher) -> Backend:
             num_loader_threads=settings.loader_threads,
             num_threads=settings.threads,
             prepack=settings.prepack,
+            quantize=settings.quantize,
         ),
         fetcher,
     )

@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from lora_runtime.model.probe import (
     separate_outputs,
     takes,
 )
+from lora_runtime.model.quantize import Quantization, check_quantization, quantize_linears
 from lora_runtime.model.skeleton import AUTO_CLASSES, Skeleton, build_skeleton, has_class
 from lora_runtime.types import Pooling, Site, SiteGroup, Task
 
@@ -69,17 +70,19 @@ class _Looked:
     word_embedding: str
 
 
-def load_base(name_or_path: str | Path, *, prepack: bool = True) -> BaseModel:
+def load_base(name_or_path: str | Path, *, prepack: bool = True, quantize: str = "none") -> BaseModel:
     """Load an encoder or a decoder by hub name or folder, in fp32 on the CPU.
 
     `prepack`: keep reordered copies of its projections, which are faster and take as much memory again.
+    `quantize`: one of `Quantization`; quantised projections are not prepacked. The base is proved before it is
+    quantised.
 
     Raises BaseModelUnsupported when it cannot be loaded, or when sequences run together are not exact. A task whose
     head is not exact is left out, with the reason in `BaseSpec.unserved`.
     """
     name = Path(name_or_path).resolve().name if Path(name_or_path).exists() else str(name_or_path)
     try:
-        return _load(name_or_path, name, prepack)
+        return _load(name_or_path, name, prepack, quantize)
     except BaseModelUnsupported:
         raise
     except Exception as error:  # the code of some two hundred architectures, not made for what is asked of it here
@@ -87,7 +90,8 @@ def load_base(name_or_path: str | Path, *, prepack: bool = True) -> BaseModel:
         raise BaseModelUnsupported(message, base=name) from error
 
 
-def _load(name_or_path: str | Path, name: str, prepack: bool) -> BaseModel:
+def _load(name_or_path: str | Path, name: str, prepack: bool, quantize: str) -> BaseModel:
+    quantization = check_quantization(quantize, torch.device("cpu"))
     primary, absent, tokenizer = _from_pretrained(name_or_path, name)
     looked = _look(primary, absent)
     heads = _make_heads(looked)
@@ -96,7 +100,7 @@ def _load(name_or_path: str | Path, name: str, prepack: bool) -> BaseModel:
     for head in heads.values():
         head.set_sites(sites, groups)
     wrap_leaves(looked.backbone, looked.observed, sites, groups)
-    if prepack:
+    if prepack and quantization is Quantization.NONE:
         with torch.inference_mode():
             num_bytes = prepack_linears(looked.backbone)
         logger.info("base %s: %.0f MiB of reordered copies of its projections", name, num_bytes / (1 << 20))
@@ -105,6 +109,8 @@ def _load(name_or_path: str | Path, name: str, prepack: bool) -> BaseModel:
     _prove_heads(heads, looked, groups, name)
     pooled = PooledHead(Pooling.LAST if looked.decoder else Pooling.MEAN)
     all_heads: dict[Task, TaskHead | PooledHead] = {**heads, Task.EMBED: pooled}
+    if quantization is not Quantization.NONE:
+        looked = replace(looked, parameters=quantize_linears(looked.backbone, quantization, looked.parameters))
     spec = _make_spec(name, looked, backbone, all_heads, linears, sites, groups, tokenizer)
     return BaseModel(spec, backbone, all_heads, tokenizer)
 

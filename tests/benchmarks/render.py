@@ -14,6 +14,8 @@ from typing import Any
 
 from lora_runtime.adapters.variants import support_table
 from tests.benchmarks.adapters_table import adapters_table
+from tests.benchmarks.kernels_table import kernels_table
+from tests.benchmarks.quantized_table import quantized_table
 from tests.benchmarks.tenants_table import tenants_table
 from tests.conformance.cases import CASES
 
@@ -103,7 +105,13 @@ def encoder_table(name: str, result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-_RESULTS = {"encoder": encoder_table, "adapters": adapters_table, "tenants": tenants_table}
+_RESULTS = {
+    "encoder": encoder_table,
+    "adapters": adapters_table,
+    "tenants": tenants_table,
+    "kernels": kernels_table,
+    "quantized": quantized_table,
+}
 
 
 def _spread(spread: dict[str, float], digits: int) -> str:
