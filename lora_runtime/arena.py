@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from lora_runtime.errors import CapacityExceeded
-from lora_runtime.types import SiteGroup
+from lora_runtime.types import Site, SiteGroup
 
 ALIGNMENT = 16  # elements: 64 bytes in fp32, a cache line
 BASE_SLOT = -1  # rows that no adapter touches
@@ -181,8 +181,8 @@ class SitePlacement:
     """Where one site's matrices lie, in elements from the start of the image (or arena, once published)."""
 
     site: int
-    a_offset: int  # A [rank, d_in], row-major
-    b_offset: int  # B [rank, d_out], rank-major: the transpose of PEFT's
+    a_offset: int  # A^T: rank columns of its group's [d_in, R], row-major
+    b_offset: int  # B^T [rank, d_out], row-major
     rank: int
     scaling: float
 
@@ -226,7 +226,10 @@ class SlotTable:
             self._rank[slot, place.site] = place.rank
             self._scaling[slot, place.site] = place.scaling
         for group in self.groups:
-            self.group_rank[slot, group.index] = sum(int(self._rank[slot, site.index]) for site in group.sites)
+            ranks = [int(self._rank[slot, site.index]) for site in group.sites]
+            self.group_rank[slot, group.index] = sum(ranks)
+            starts = (self._a[slot, site.index] for site, rank in zip(group.sites, ranks, strict=True) if rank)
+            self.group_a[slot, group.index] = next(starts, 0)
         self._published[slot] = placements
 
     def move(self, slot: int, run: Run) -> None:
@@ -247,9 +250,15 @@ class SlotTable:
         self._free.append(slot)
 
     def entry(self, slot: int, site: int) -> tuple[int, int, int, float]:
-        """(offset of A, offset of B, rank, scaling) of one site of one slot, offsets in arena elements."""
+        """(offset of A^T, offset of B^T, rank, scaling) of one site of one slot, offsets in arena elements."""
         at = slot, site
         return int(self._a[at]), int(self._b[at]), int(self._rank[at]), float(self._scaling[at])
+
+    def matrices(self, buffer: torch.Tensor, slot: int, site: Site) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """A^T [d_in, rank] and B^T [rank, d_out] as views of the arena's `buffer`, and the scaling."""
+        a_offset, b_offset, rank, scaling = self.entry(slot, site.index)
+        a = buffer.as_strided((site.d_in, rank), (int(self.group_rank[slot, site.group]), 1), a_offset)
+        return a, buffer[b_offset : b_offset + rank * site.d_out].view(rank, site.d_out), scaling
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless slots are free or acquired, never both, and only published ones have ranks."""
@@ -272,6 +281,7 @@ class SlotTable:
         self._rank = grown("_rank", self._num_sites, np.int32)
         self._scaling = grown("_scaling", self._num_sites, np.float32)
         self.group_rank = grown("group_rank", len(self.groups), np.int32)  # [slot, group]: sum over its sites
+        self.group_a = grown("group_a", len(self.groups), np.int64)  # [slot, group]: offset of its A^T [d_in, R]
         old_generation = getattr(self, "generation", np.zeros(0, dtype=np.int64))
         self.generation = np.zeros(num_slots, dtype=np.int64)
         self.generation[: len(old_generation)] = old_generation

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from lora_runtime.arena import BASE_SLOT, RankArena, SitePlacement, SlotTable, align
 from lora_runtime.kernels.grouped_lora import LoraPlan, grouped_lora
 from lora_runtime.kernels.grouped_lora.cpu import CpuGroupedLora
+from lora_runtime.kernels.gemm_batch import GemmBatch
+from lora_runtime.kernels.grouped_lora.mkl import MklGroupedLora
 from lora_runtime.kernels.grouped_lora.reference import ReferenceGroupedLora
 from lora_runtime.types import Site, SiteGroup
 
@@ -37,11 +39,11 @@ class World:
         return world
 
     def add(self, ranks: list[int], generator: torch.Generator) -> int:
-        places, cursor = [], 0
+        places, column = [], 0
         for site, rank in zip(self.group.sites, ranks, strict=True):
-            places.append(SitePlacement(site.index, cursor, 0, rank, 0.5 + rank / 7))
-            cursor += rank * self.group.d_in
-        cursor = align(cursor)
+            places.append(SitePlacement(site.index, column, 0, rank, 0.5 + rank / 7))
+            column += rank
+        cursor = align(column * self.group.d_in)
         for i, site in enumerate(self.group.sites):
             place = places[i]
             places[i] = SitePlacement(site.index, place.a_offset, cursor, place.rank, place.scaling)
@@ -65,7 +67,7 @@ def check(world: World, rows: list[tuple[int, int]], seed: int = 1) -> None:
     x = torch.randn(plan.num_rows, world.group.d_in, generator=generator)
     outs = [torch.randn(plan.num_rows, site.d_out, generator=generator) for site in world.group.sites]
     exact = world.run(ReferenceGroupedLora(world.arena), x.double(), plan, [out.double() for out in outs])
-    backend = CpuGroupedLora(world.arena, world.slots)
+    backend = backend_of(world)
     found = world.run(backend, x, LoraPlan.build(world.slots, rows), outs)
     again = world.run(backend, x, LoraPlan.build(world.slots, rows), outs)
     for got, twice, want, before in zip(found, again, exact, outs, strict=True):
@@ -77,6 +79,10 @@ def check(world: World, rows: list[tuple[int, int]], seed: int = 1) -> None:
             if slot == BASE_SLOT:
                 assert torch.equal(got[cursor : cursor + count], before[cursor : cursor + count]), "base rows changed"
             cursor += count
+
+
+def backend_of(world):
+    return MklGroupedLora(world.arena, world.slots, GemmBatch.find())
 
 
 rows_of = st.lists(st.tuples(st.integers(-1, 5), st.integers(0, 40)), min_size=0, max_size=12)
@@ -112,7 +118,7 @@ def test_a_wrong_adapter_is_caught_by_the_comparison() -> None:
     x, out = torch.randn(10, 32), torch.zeros(10, 32)
     right = world.run(ReferenceGroupedLora(world.arena), x, LoraPlan.build(world.slots, [(0, 5), (1, 5)]), [out])[0]
     swapped = world.run(
-        CpuGroupedLora(world.arena, world.slots), x, LoraPlan.build(world.slots, [(1, 5), (0, 5)]), [out]
+        backend_of(world), x, LoraPlan.build(world.slots, [(1, 5), (0, 5)]), [out]
     )[0]
     assert (right - swapped).norm() / right.norm() > 0.1
 
@@ -120,7 +126,7 @@ def test_a_wrong_adapter_is_caught_by_the_comparison() -> None:
 def test_a_slot_used_again_gives_the_new_adapters_answer() -> None:
     """Cached views and stacks are keyed by generation, so a new adapter in an old slot is never answered by it."""
     world = World.make([[8]] * 5, 32, [32])
-    backend = CpuGroupedLora(world.arena, world.slots)
+    backend = backend_of(world)
     x = torch.randn(10, 32)
     rows = [(slot, 2) for slot in range(5)]
     world.run(backend, x, LoraPlan.build(world.slots, rows), [torch.zeros(10, 32)])
@@ -134,7 +140,7 @@ def test_a_slot_used_again_gives_the_new_adapters_answer() -> None:
 
 def test_the_same_row_in_batches_of_different_size_agrees() -> None:
     world = World.make([[16]] * 6, 48, [48])
-    backend = CpuGroupedLora(world.arena, world.slots)
+    backend = backend_of(world)
     x = torch.randn(600, 48)
     alone = world.run(backend, x[:3], LoraPlan.build(world.slots, [(0, 3)]), [torch.zeros(3, 48)])[0]
     for others in ([(1, 3), (2, 3), (3, 3)], [(1, 300)], [(1, 1), (2, 2), (3, 40), (4, 5), (5, 6)]):
@@ -170,7 +176,7 @@ def test_copies_stay_within_their_budget_and_answers_are_the_same_without_them(s
 
 def test_a_moved_adapter_answers_from_its_new_place() -> None:
     world = World.make([[8], [8]], 32, [32])
-    backend = CpuGroupedLora(world.arena, world.slots)
+    backend = backend_of(world)
     x, out = torch.randn(10, 32), torch.zeros(10, 32)
     before = world.run(backend, x, LoraPlan.build(world.slots, [(1, 10)]), [out])[0]
     first, second = (run for run in sorted(world.arena._used.values()))
