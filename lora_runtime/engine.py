@@ -108,6 +108,7 @@ class Engine(AdapterCalls):
             settings.num_loader_threads,
             self._from_loader,
             is_busy=lambda: not self._idle,
+            a_layout=slots.a_layout,
         )
         memory = Memory(Tier(arena), slots, None if host is None else Tier(host))
         residency = Residency(

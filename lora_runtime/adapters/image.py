@@ -1,22 +1,25 @@
 """One adapter as one contiguous run: where each matrix goes, and writing it there.
 
-Order: for each site group the A blocks of its sites, adjacent, so that one shrink serves the group; then the B of
-each site, rank-major; then the head's parameters; then extras. Every block starts on the arena's alignment.
+Order: for each site group the A of its sites as one matrix, so that one shrink serves the group, in the layout that
+the backend reads fastest; then the B of each site, rank-major; then the head's parameters; then extras. Every block
+starts on the arena's alignment.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import as_strided
 
 from lora_runtime.adapters.checkpoint import Checkpoint, SiteWeights
 from lora_runtime.adapters.extras import IntArray, ModuleExtras
 from lora_runtime.adapters.header import Array
-from lora_runtime.arena import SitePlacement, align
+from lora_runtime.arena import ALayout, SitePlacement, align
 from lora_runtime.types import SiteGroup
 
 Place = tuple[int, tuple[int, ...]]  # (offset, shape)
@@ -39,6 +42,7 @@ class ImageLayout:
     sites: tuple[SitePlacement, ...]
     params: dict[str, Place]  # of the head
     extras: dict[str, ExtrasLayout] = field(default_factory=dict[str, ExtrasLayout])  # by module path
+    a_layout: ALayout = ALayout.RANK_COLUMNS
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,28 +53,31 @@ class ExtrasViews:
     tensors: dict[str, torch.Tensor]
 
 
-def plan_image(checkpoint: Checkpoint, groups: tuple[SiteGroup, ...]) -> ImageLayout:
+def plan_image(
+    checkpoint: Checkpoint, groups: tuple[SiteGroup, ...], a_layout: ALayout = ALayout.RANK_COLUMNS
+) -> ImageLayout:
     """Lay a checkpoint out; its size is its parameters plus at most one alignment per block."""
     weights = {w.site.index: w for w in checkpoint.sites}
     cursor = 0
     sites: list[SitePlacement] = []
     for group in groups:
         present = [weights[site.index] for site in group.sites if site.index in weights]
-        cursor = _place_group(present, cursor, sites)
+        cursor = _place_group(present, cursor, sites, a_layout)
     params, cursor = _place_all(checkpoint.params, cursor)
     extras: dict[str, ExtrasLayout] = {}
     for path, extra in checkpoint.extras.items():
         own, cursor = _place_all(extra.params, cursor)
         blocks, cursor = _place_all(extra.blocks, cursor)
         extras[path] = ExtrasLayout(own, blocks, extra.row_ids)
-    return ImageLayout(cursor, tuple(sites), params, extras)
+    return ImageLayout(cursor, tuple(sites), params, extras, a_layout)
 
 
-def _place_group(present: list[SiteWeights], cursor: int, sites: list[SitePlacement]) -> int:
-    a_offset, b_offset = cursor, align(cursor + sum(w.a.size for w in present))
+def _place_group(present: list[SiteWeights], cursor: int, sites: list[SitePlacement], a_layout: ALayout) -> int:
+    column, b_offset = 0, align(cursor + sum(w.a.size for w in present))
     for w in present:
+        a_offset = cursor + a_layout.place(column, w.site.d_in)
         sites.append(SitePlacement(w.site.index, a_offset, b_offset, w.rank, w.scaling))
-        a_offset += w.a.size
+        column += w.rank
         b_offset = align(b_offset + w.b.size)
     return b_offset
 
@@ -87,9 +94,12 @@ def write_image(checkpoint: Checkpoint, layout: ImageLayout, run: torch.Tensor) 
     """Copy a checkpoint into `run`, float32 on the host, [num_elements] or longer; without an operation of torch."""
     target = run.numpy()
     weights = {w.site.index: w for w in checkpoint.sites}
+    group_rank = Counter[int]()
+    for w in checkpoint.sites:
+        group_rank[w.site.group] += w.rank
     for place in layout.sites:
         w = weights[place.site]
-        _write(target, place.a_offset, w.a)
+        _write_strided(target, place.a_offset, w.a.T, layout.a_layout.strides(group_rank[w.site.group], w.site.d_in))
         _write(target, place.b_offset, w.b.T)
     for name, (offset, _) in layout.params.items():
         _write(target, offset, checkpoint.params[name])
@@ -108,6 +118,13 @@ def _extra_blocks(extras: dict[str, ModuleExtras], layout: ImageLayout) -> Itera
 
 def _write(target: Array, offset: int, array: Array) -> None:
     np.copyto(target[offset : offset + array.size].reshape(array.shape), array)
+
+
+def _write_strided(target: Array, offset: int, array: Array, strides: tuple[int, int]) -> None:
+    """`strides` in elements."""
+    last = sum((size - 1) * stride for size, stride in zip(array.shape, strides, strict=True))
+    part = target[offset : offset + last + 1]
+    np.copyto(as_strided(part, array.shape, [stride * part.itemsize for stride in strides]), array)
 
 
 def head_views(layout: ImageLayout, run: torch.Tensor) -> dict[str, torch.Tensor]:

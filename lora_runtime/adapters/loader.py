@@ -24,6 +24,7 @@ from lora_runtime.adapters.lanes import Lane
 from lora_runtime.adapters.plan import AdapterPlan, plan_adapter, read_card
 from lora_runtime.adapters.sources.api import Origin
 from lora_runtime.adapters.transfer import copy_image
+from lora_runtime.arena import ALayout
 from lora_runtime.errors import AdapterRejected, LoadCancelled, MultiloraError
 from lora_runtime.types import AdapterCard, AdapterId
 
@@ -148,6 +149,7 @@ class AdapterLoader:
         num_threads: int,
         post: Callable[[LoaderMessage], None],
         is_busy: Callable[[], bool] = lambda: False,
+        a_layout: ALayout = ALayout.RANK_COLUMNS,
     ) -> None:
         """`is_busy`: whether requests are being answered, beside which examining takes a rest."""
         self._base = base
@@ -155,6 +157,7 @@ class AdapterLoader:
         self._max_bytes = max_bytes
         self._post = post
         self._is_busy = is_busy
+        self._a_layout = a_layout
         self._stopping = threading.Event()
         self._downloads = Lane("multilora-fetch", _NUM_DOWNLOADS, _NICENESS)
         self._reading = Lane("multilora-loader", num_threads, _NICENESS)
@@ -235,7 +238,7 @@ class AdapterLoader:
         try:
             checkpoint = read_planned(plan, self._base, self._max_bytes)
             job.expected.check(job.adapter, checkpoint)
-            layout = plan_image(checkpoint, self._base.groups)
+            layout = plan_image(checkpoint, self._base.groups, self._a_layout)
             writing = job.run is not None and layout.num_elements <= job.run.numel()
         except BaseException:
             lease.release()

@@ -16,7 +16,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from lora_runtime.arena import BASE_SLOT, RankArena, Run, SitePlacement, SlotTable
+from lora_runtime.arena import BASE_SLOT, ALayout, RankArena, Run, SitePlacement, SlotTable
 from lora_runtime.kernels.grouped_lora import LoraPlan, grouped_lora
 from lora_runtime.kernels.grouped_lora.triton_backend import backend as backend_module
 from lora_runtime.kernels.grouped_lora.triton_backend.backend import TritonGroupedLora
@@ -73,7 +73,10 @@ class Batches:
         self.dtype = dtype
         sites = tuple(Site(i, str(i), WIDTH, WIDTH, i, per_sequence=False) for i in range(18))
         self.groups = tuple(SiteGroup(site.index, WIDTH, (site,)) for site in sites)
-        self.slots, arena = SlotTable(len(sites), self.groups), RankArena(1 << 20, arena_dtype)
+        self.slots, arena = (
+            SlotTable(len(sites), self.groups, a_layout=ALayout.RANK_ROWS),
+            RankArena(1 << 20, arena_dtype),
+        )
         places = tuple(SitePlacement(site.index, 0, RANK * WIDTH, RANK, 1.0) for site in sites)
         self.slots.publish(self.slots.acquire(), Run(0, 2 * RANK * WIDTH), places)
         self.backend = TritonGroupedLora(arena, self.slots)

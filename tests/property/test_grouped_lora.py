@@ -75,7 +75,7 @@ SUBJECTS = [
     for dtype in spec.dtypes
     if spec.name != "reference" and (spec.requires is None or importlib.util.find_spec(spec.requires) is not None)
 ]
-ON_CPU = [subject for subject in SUBJECTS if subject.backend == "cpu"]
+ON_CPU = [subject for subject in SUBJECTS if subject.backend != "triton"]
 IN_TRITON = [subject for subject in SUBJECTS if subject.backend == "triton"]
 every_subject = pytest.mark.parametrize("subject", SUBJECTS, ids=str)
 
@@ -100,8 +100,11 @@ class World:
     ) -> World:
         sites = tuple(Site(i, str(i), d_in, d, 0, per_sequence=False) for i, d in enumerate(d_outs))
         group = SiteGroup(0, d_in, sites)
-        dtype, device = (torch.float32, "cpu") if subject is None else (subject.dtype, subject.device)
-        world = cls(group, RankArena(64 << 20, dtype, device), SlotTable(len(sites), (group,), num_slots))
+        dtype = subject.dtype if subject is not None and subject.backend == "triton" else torch.float32
+        device = "cpu" if subject is None else subject.device
+        layout = BACKENDS["cpu" if subject is None else subject.backend].a_layout
+        slots = SlotTable(len(sites), (group,), num_slots, layout)
+        world = cls(group, RankArena(64 << 20, dtype, device), slots)
         world.arena.buffer[: 1 << 20].fill_(float("nan"))  # what is read without having been written shows
         generator = torch.Generator().manual_seed(seed)
         for of_site in ranks:
@@ -109,11 +112,11 @@ class World:
         return world
 
     def add(self, ranks: list[int], generator: torch.Generator) -> int:
-        places, cursor = [], 0
+        places, column, layout = [], 0, self.slots.a_layout
         for site, rank in zip(self.group.sites, ranks, strict=True):
-            places.append(SitePlacement(site.index, cursor, 0, rank, 0.5 + rank / 7))
-            cursor += rank * self.group.d_in
-        cursor = align(cursor)
+            places.append(SitePlacement(site.index, layout.place(column, site.d_in), 0, rank, 0.5 + rank / 7))
+            column += rank
+        cursor = align(column * self.group.d_in)
         for i, site in enumerate(self.group.sites):
             place = places[i]
             places[i] = SitePlacement(site.index, place.a_offset, cursor, place.rank, place.scaling)

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_runtime.arena import RankArena, SlotTable
+from lora_runtime.arena import ALayout, RankArena, SlotTable
 from lora_runtime.errors import BaseModelUnsupported
+from lora_runtime.kernels.gemm_batch import GemmBatch
 from lora_runtime.kernels.grouped_lora import registry
 from lora_runtime.kernels.grouped_lora.cpu import CpuGroupedLora
 from lora_runtime.kernels.grouped_lora.reference import ReferenceGroupedLora
@@ -19,21 +20,30 @@ from lora_runtime.kernels.grouped_lora.registry import BACKENDS, BackendResource
 from lora_runtime.types import SiteGroup
 
 
-def resources(dtype: torch.dtype = torch.float32, tuning_file: Path | None = None) -> BackendResources:
-    slots = SlotTable(1, (SiteGroup(0, 16, ()),))
+def resources(
+    dtype: torch.dtype = torch.float32, tuning_file: Path | None = None, layout: ALayout = ALayout.RANK_COLUMNS
+) -> BackendResources:
+    slots = SlotTable(1, (SiteGroup(0, 16, ()),), a_layout=layout)
     return BackendResources(RankArena(1 << 16, dtype), slots, dtype, stack_bytes=1 << 10, tuning_file=tuning_file)
 
 
 def test_the_device_decides_when_nothing_is_named() -> None:
-    assert choose_backend("cpu", torch.float32).name == "cpu"
+    assert choose_backend("cpu", torch.float32).name == ("cpu" if GemmBatch.find() is None else "mkl")
     pytest.importorskip("triton")
     assert choose_backend("cuda", torch.bfloat16).name == "triton"
     assert choose_backend(torch.device("cuda", 1), torch.float32).name == "triton"
 
 
 def test_backends_are_made_of_their_own_class() -> None:
-    assert isinstance(choose_backend("cpu", torch.float32).make(resources()), CpuGroupedLora)
+    assert isinstance(choose_backend("cpu", torch.float32, "cpu").make(resources()), CpuGroupedLora)
     assert isinstance(choose_backend("cpu", torch.float16, "reference").make(resources()), ReferenceGroupedLora)
+
+
+def test_a_torch_without_mkl_serves_with_the_portable_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GemmBatch, "find", staticmethod(lambda: None))
+    assert choose_backend("cpu", torch.float32).name == "cpu"
+    with pytest.raises(BaseModelUnsupported, match="has no MKL, or one that failed its proof; choose the backend cpu"):
+        choose_backend("cpu", torch.float32, "mkl")
 
 
 def test_triton_is_made_with_the_users_table(tmp_path: Path) -> None:
@@ -42,15 +52,15 @@ def test_triton_is_made_with_the_users_table(tmp_path: Path) -> None:
     broken.write_text("{}", encoding="utf-8")
     with pytest.raises(BaseModelUnsupported, match=r"mine\.json"):
         BACKENDS["triton"].make(resources(tuning_file=broken))
-    made = BACKENDS["triton"].make(resources())
+    made = BACKENDS["triton"].make(resources(layout=ALayout.RANK_ROWS))
     assert type(made).__name__ == "TritonGroupedLora"
 
 
 @pytest.mark.parametrize(
     ("device", "dtype", "name", "parts"),
     [
-        ("cpu", torch.float32, "tritn", ["'tritn' does not exist", "reference, cpu, triton"]),
-        ("cpu", torch.bfloat16, None, ["'cpu' cannot serve", "float32, not bfloat16"]),
+        ("cpu", torch.float32, "tritn", ["'tritn' does not exist", "reference, mkl, cpu, triton"]),
+        ("cpu", torch.bfloat16, "cpu", ["'cpu' cannot serve", "float32, not bfloat16"]),
         ("cuda", torch.float32, "cpu", ["'cpu' cannot serve", "not on cuda", "choose another backend"]),
         ("cuda", torch.float64, "triton", ["'triton' cannot serve", "not float64"]),
         ("mps", torch.float32, None, ["device 'mps'", "cpu or cuda", "'reference'"]),

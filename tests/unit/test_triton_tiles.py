@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_runtime.arena import BASE_SLOT, Run, SitePlacement, SlotTable
+from lora_runtime.arena import BASE_SLOT, ALayout, Run, SitePlacement, SlotTable
 from lora_runtime.kernels.grouped_lora import LoraPlan
 from lora_runtime.kernels.grouped_lora.triton_backend.slots import DeviceSlots
 from lora_runtime.kernels.grouped_lora.triton_backend.tiles import TileList, count_tiles
@@ -21,7 +21,7 @@ ADDRESSES = ("a_offset", "group_rank", "b_offset", "column", "rank", "scaling")
 
 
 def table(num_slots: int = 4) -> SlotTable:
-    return SlotTable(3, GROUPS, num_slots)
+    return SlotTable(3, GROUPS, num_slots, ALayout.RANK_ROWS)
 
 
 def publish(slots: SlotTable, q: int, k: int, o: int, offset: int = 0) -> int:

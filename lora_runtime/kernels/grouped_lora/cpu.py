@@ -171,17 +171,17 @@ class CpuGroupedLora:
         sites: dict[int, tuple[int, int, torch.Tensor, float]] = {}
         column, start = 0, None
         for site in group.sites:
-            a_offset, b_offset, rank, scaling = self._slots.entry(segment.slot, site.index)
+            a_offset, _, rank, _ = self._slots.entry(segment.slot, site.index)
             if not rank:
                 continue
             start = a_offset if start is None else start
-            assert a_offset == start + column * site.d_in, "the A blocks of a group are not adjacent"
-            b = self._buffer[b_offset : b_offset + rank * site.d_out].view(rank, site.d_out)
+            assert a_offset == start + column, "the A columns of a group are not adjacent"
+            _, b, scaling = self._slots.matrices(self._buffer, segment.slot, site)
             sites[site.index] = column, column + rank, b, scaling
             column += rank
         assert start is not None, "a segment without a matrix in the group is not active"
-        a = self._buffer[start : start + column * group.d_in].view(column, group.d_in)
-        return _GroupViews(segment.generation, a.t(), sites)
+        a_t = self._buffer[start : start + column * group.d_in].view(group.d_in, column)
+        return _GroupViews(segment.generation, a_t, sites)
 
     def _stack(self, tile: _Tile, group: SiteGroup) -> _Stack | None:
         """None where there is no room for it."""
@@ -202,15 +202,15 @@ class CpuGroupedLora:
         self, tile: _Tile, group: SiteGroup, views: list[_GroupViews], width: int, num_bytes: int
     ) -> _Stack:
         n = len(views)
-        a = self._buffer.new_zeros(n, width, group.d_in)
+        a_t = self._buffer.new_zeros(n, group.d_in, width)
         b: dict[int, torch.Tensor] = {}
         for i, view in enumerate(views):
-            a[i, : view.a_t.shape[1]] = view.a_t.t()
+            a_t[i, :, : view.a_t.shape[1]] = view.a_t
             for index, (first, last, matrix, scaling) in view.sites.items():
                 if index not in b:
                     b[index] = self._buffer.new_zeros(n, width, matrix.shape[1])
                 torch.mul(matrix, scaling, out=b[index][i, first:last])
-        return _Stack(tile.key, a.transpose(1, 2), b, num_bytes)
+        return _Stack(tile.key, a_t, b, num_bytes)
 
 
 class StackCache:

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import torch
 
-from lora_runtime.arena import RankArena, SlotTable
+from lora_runtime.arena import ALayout, RankArena, SlotTable
 from lora_runtime.errors import BaseModelUnsupported
+from lora_runtime.kernels.gemm_batch import GemmBatch
 from lora_runtime.kernels.grouped_lora.api import GroupedLora
 from lora_runtime.kernels.grouped_lora.cpu import CpuGroupedLora
+from lora_runtime.kernels.grouped_lora.mkl import MklGroupedLora
 from lora_runtime.kernels.grouped_lora.reference import ReferenceGroupedLora
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 6e-4, torch.bfloat16: 4e-3}  # relative Frobenius, against fp64
@@ -42,6 +44,8 @@ class BackendSpec:
     device_types: tuple[str, ...]  # () where it serves any
     dtypes: tuple[torch.dtype, ...]  # of the activations
     make: Callable[[BackendResources], GroupedLora]
+    a_layout: ALayout = ALayout.RANK_COLUMNS  # of the images it reads; the slot table is made with it
+    is_built: Callable[[], bool] = lambda: True  # whether this build of torch has what it calls
     requires: str | None = None  # a package
     interpreter: str | None = None  # a variable under which it runs on the CPU too, slowly, to be tested
 
@@ -49,6 +53,8 @@ class BackendSpec:
         """Why it cannot serve there, with the remedy; None when it can."""
         if dtype not in self.dtypes:
             return f"it serves {_names(self.dtypes)}, not {_name(dtype)}; choose one of those dtypes"
+        if not self.is_built():
+            return "this build of torch has no MKL, or one that failed its proof; choose the backend cpu"
         if self.requires is not None and find_spec(self.requires) is None:
             return f"{self.requires} is not installed; pip install 'multilora[gpu]'"
         if self.device_types and device.type not in self.device_types:
@@ -60,6 +66,12 @@ class BackendSpec:
 
 def _make_reference(resources: BackendResources) -> GroupedLora:
     return ReferenceGroupedLora(resources.arena)
+
+
+def _make_mkl(resources: BackendResources) -> GroupedLora:
+    gemm = GemmBatch.find()
+    assert gemm is not None, "chosen where MKL is"
+    return MklGroupedLora(resources.arena, resources.slots, gemm)
 
 
 def _make_cpu(resources: BackendResources) -> GroupedLora:
@@ -74,15 +86,28 @@ def _make_triton(resources: BackendResources) -> GroupedLora:
     return TritonGroupedLora(resources.arena, resources.slots, table)
 
 
+def _has_mkl() -> bool:
+    return GemmBatch.find() is not None
+
+
 BACKENDS = {
     spec.name: spec
     for spec in (
         BackendSpec("reference", (), (*_ALL_FLOATS, torch.float64), _make_reference),
+        BackendSpec("mkl", ("cpu",), _ALL_FLOATS, _make_mkl, is_built=_has_mkl),
         BackendSpec("cpu", ("cpu",), (torch.float32,), _make_cpu),
-        BackendSpec("triton", ("cuda",), _ALL_FLOATS, _make_triton, "triton", "TRITON_INTERPRET"),
+        BackendSpec(
+            "triton",
+            ("cuda",),
+            _ALL_FLOATS,
+            _make_triton,
+            ALayout.RANK_ROWS,
+            requires="triton",
+            interpreter="TRITON_INTERPRET",
+        ),
     )
 }
-_DEFAULTS = {"cpu": "cpu", "cuda": "triton"}  # by device type
+_DEFAULTS = {"cpu": ("mkl", "cpu"), "cuda": ("triton",)}  # by device type, the first whose library torch has
 _NOT_INTERPRETED = "it runs on cuda, and on the CPU only to be tested, with TRITON_INTERPRET=1; choose the backend cpu"
 
 
@@ -92,13 +117,14 @@ def choose_backend(device: torch.device | str, dtype: torch.dtype, name: str | N
     Raises BaseModelUnsupported when there is none of that name or for that device, or when it cannot serve there.
     """
     device = torch.device(device)
-    chosen = _DEFAULTS.get(device.type) if name is None else name
-    if chosen is None:
+    names = _DEFAULTS.get(device.type, ()) if name is None else (name,)
+    if not names:
         raise BaseModelUnsupported(
             f"no LoRA backend is made for device {device.type!r}; serve on {' or '.join(_DEFAULTS)}, or name the slow "
             "backend 'reference'",
             device=device,
         )
+    chosen = next((known for known in names if known in BACKENDS and BACKENDS[known].is_built()), names[-1])
     if (spec := BACKENDS.get(chosen)) is None:
         raise BaseModelUnsupported(
             f"LoRA backend {chosen!r} does not exist; choose one of {', '.join(BACKENDS)}", backend=chosen

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from lora_runtime.arena import ALIGNMENT, SlotTable
+from lora_runtime.arena import ALIGNMENT, ALayout, SlotTable
 from lora_runtime.types import SiteGroup
 
 
@@ -20,6 +20,7 @@ class DeviceSlots:
 
     def __init__(self, slots: SlotTable, device: torch.device, capacity: int | None = None) -> None:
         """`capacity`: of slots, at least as many as there are; None: twice as many."""
+        assert slots.a_layout is ALayout.RANK_ROWS, f"the kernels read A as {ALayout.RANK_ROWS}"
         self._slots = slots
         self._device = device
         self._version = 0  # of the table, when it was last copied
@@ -88,8 +89,7 @@ def _place_group(slots: SlotTable, rows: slice, group: SiteGroup, column: torch.
     ranks, offsets = slots.rank[rows][:, sites], slots.a_offset[rows][:, sites]  # [rows, sites of the group]
     columns = ranks.cumsum(1, dtype=torch.int32) - ranks
     present = ranks > 0
-    start = torch.where(present, offsets, torch.iinfo(torch.int64).max).amin(1)
-    start = torch.where(present.any(1), start, 0)
+    start = torch.from_numpy(slots.group_a[rows, group.index])
     adjacent = offsets == start[:, None] + columns.long() * group.d_in
     assert bool((adjacent | ~present).all()), f"the A blocks of group {group.index} are not adjacent"
     aligned = (start % ALIGNMENT == 0) & ((slots.b_offset[rows][:, sites] % ALIGNMENT == 0) | ~present).all(1)

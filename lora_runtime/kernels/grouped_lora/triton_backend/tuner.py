@@ -19,7 +19,7 @@ import triton
 from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
-from lora_runtime.arena import RankArena, SitePlacement, SlotTable, align
+from lora_runtime.arena import ALayout, RankArena, SitePlacement, SlotTable, align
 from lora_runtime.kernels.grouped_lora.api import LoraPlan, grouped_lora
 from lora_runtime.kernels.grouped_lora.reference import ReferenceGroupedLora
 from lora_runtime.kernels.grouped_lora.registry import TOLERANCES
@@ -96,7 +96,7 @@ class Workload:
         b_offset = align(case.rank * case.d_in)
         num_elements = align(b_offset + case.rank * case.d_out)
         self.arena = RankArena(num_adapters * num_elements * self.dtype.itemsize, self.dtype, str(self.device))
-        self.slots = SlotTable(1, (self.group,), num_adapters)
+        self.slots = SlotTable(1, (self.group,), num_adapters, ALayout.RANK_ROWS)
         generator = torch.Generator().manual_seed(0)
         for _ in range(num_adapters):
             run = self.arena.allocate(num_elements)

@@ -1,0 +1,164 @@
+"""The CPU backend where torch has MKL: one call for the shrink of a group, one for the expand of a site.
+
+A call takes all segments, each with its own rows and rank, straight from the arena: nothing is copied or padded, and
+the threads share the segments. What a call needs beside addresses depends on the segments and their ranks alone, so
+layers with the same ranks share it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lora_runtime.arena import RankArena, SlotTable
+from lora_runtime.kernels.gemm_batch import FloatArray, GemmBatch, Int32Array, Int64Array, Products, addresses
+from lora_runtime.kernels.grouped_lora.api import LoraPlan
+from lora_runtime.types import Site, SiteGroup
+
+_Index = slice | Int64Array
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """A plan's segments, and where their adapters' matrices lie: a row per group or site, contiguous."""
+
+    starts: Int64Array  # [segments] first rows
+    num_rows: Int32Array  # [segments]
+    a: Int64Array  # [groups, segments] address of A^T
+    b: Int64Array  # [sites, segments] address of B^T
+    ranks: Int32Array  # [sites, segments]
+    scaling: FloatArray  # [sites, segments]
+
+    @classmethod
+    def of(cls, plan: LoraPlan, slots: SlotTable, buffer: torch.Tensor) -> _Placed:
+        """Reads the slot table; `buffer` is the arena's."""
+        chosen = np.array([segment.slot for segment in plan.segments], dtype=np.int64)
+
+        def rows(table: np.ndarray) -> np.ndarray:
+            return np.ascontiguousarray(table[chosen].T)
+
+        return cls(
+            np.array([segment.start for segment in plan.segments], dtype=np.int64),
+            np.array([segment.num_rows for segment in plan.segments], dtype=np.int32),
+            addresses(buffer, rows(slots.group_a)),
+            addresses(buffer, rows(slots.b_offset.numpy())),
+            rows(slots.rank.numpy()),
+            rows(slots.scaling.numpy()),
+        )
+
+
+class _Pattern:
+    """What is the same for all groups at which the segments have these ranks."""
+
+    def __init__(self, placed: _Placed, ranks: Int32Array) -> None:
+        """`ranks` [sites of the group, segments]."""
+        total = ranks.sum(axis=0, dtype=np.int32)
+        self.active = _chosen(total)
+        self._starts = placed.starts[self.active]
+        self._num_rows = placed.num_rows[self.active]
+        self._ranks = ranks[:, self.active]
+        self._total = total[self.active]
+        self._columns = self._ranks.cumsum(axis=0, dtype=np.int32) - self._ranks
+        sizes = self._num_rows.astype(np.int64) * self._total
+        self._firsts: Int64Array = sizes.cumsum() - sizes  # of each segment in the scratch
+        self.num_elements = int(sizes.sum())  # of the scratch
+        self._shrinks: dict[tuple[int, int], Products] = {}
+        self._expands: dict[tuple[int, int, int], tuple[_Index, Products]] = {}
+
+    def shrink(self, d_in: int, stride: int) -> Products:
+        """[rows, d_in] by [d_in, R] for the active segments; `stride` of the rows of x."""
+        key = d_in, stride
+        if key not in self._shrinks:
+            self._shrinks[key] = Products(
+                len(self._total),
+                (self._num_rows, self._total, d_in),
+                (stride, self._total, self._total),
+                self._starts * stride,
+                self._firsts,
+            )
+        return self._shrinks[key]
+
+    def expand(self, place: int, d_out: int, stride: int) -> tuple[_Index, Products]:
+        """[rows, r] by [r, d_out] for the segments, also returned, that have the group's site at `place`."""
+        key = place, d_out, stride
+        if key not in self._expands:
+            own = _chosen(self._ranks[place])  # of the active ones
+            ranks, total = self._ranks[place][own], self._total[own]
+            products = Products(
+                len(ranks),
+                (self._num_rows[own], d_out, ranks),
+                (total, d_out, stride),
+                self._firsts[own] + self._columns[place][own],
+                self._starts[own] * stride,
+                beta=1.0,
+            )
+            segments = own if isinstance(self.active, slice) else self.active[own]
+            self._expands[key] = segments, products
+        return self._expands[key]
+
+
+def _chosen(ranks: Int32Array) -> _Index:
+    """Where ranks are not zero; a slice where they all are, which is read without a copy."""
+    return slice(None) if ranks.all() else np.flatnonzero(ranks)
+
+
+@dataclass(frozen=True, slots=True)
+class _Shrunk:
+    """`x A^T` of the active segments one after the other, each [rows, R of its adapter]."""
+
+    values: torch.Tensor
+    placed: _Placed
+    pattern: _Pattern
+    place_of: dict[int, int]  # site → its place in the group
+
+
+class MklGroupedLora:
+    """Bound to one arena in fp32 and its slot table. Rows in another precision are computed in fp32."""
+
+    def __init__(self, arena: RankArena, slots: SlotTable, gemm: GemmBatch) -> None:
+        assert arena.buffer.dtype is torch.float32, "the CPU's arena is in fp32"
+        self._buffer = arena.buffer
+        self._slots = slots
+        self._gemm = gemm
+        self._places = {group.index: _places(group) for group in slots.groups}
+
+    def shrink(self, x: torch.Tensor, group: SiteGroup, plan: LoraPlan) -> _Shrunk:
+        placed, pattern = self._pattern(group, plan)
+        x = _fp32_rows(x)
+        values = x.new_empty(pattern.num_elements)
+        products = pattern.shrink(group.d_in, x.stride(0))
+        self._gemm.run(products, x, placed.a[group.index][pattern.active], values)
+        return _Shrunk(values, placed, pattern, self._places[group.index])
+
+    def expand(self, shrunk: _Shrunk, site: Site, plan: LoraPlan, out: torch.Tensor) -> None:
+        del plan
+        placed, pattern, place = shrunk.placed, shrunk.pattern, shrunk.place_of[site.index]
+        target = _fp32_rows(out)
+        segments, products = pattern.expand(place, site.d_out, target.stride(0))
+        products.alpha[:] = placed.scaling[site.index][segments]
+        self._gemm.run(products, shrunk.values, placed.b[site.index][segments], target)
+        if target is not out:
+            out.copy_(target)  # rows without an adapter come back as they were
+
+    def _pattern(self, group: SiteGroup, plan: LoraPlan) -> tuple[_Placed, _Pattern]:
+        placed: _Placed | None = plan.cache.get("placed")
+        if placed is None:
+            placed = plan.cache["placed"] = _Placed.of(plan, self._slots, self._buffer)
+        ranks = placed.ranks[list(self._places[group.index])]
+        key = "pattern", ranks.tobytes()
+        pattern: _Pattern | None = plan.cache.get(key)
+        if pattern is None:
+            pattern = plan.cache[key] = _Pattern(placed, ranks)
+        return placed, pattern
+
+
+def _places(group: SiteGroup) -> dict[int, int]:
+    return {site.index: place for place, site in enumerate(group.sites)}
+
+
+def _fp32_rows(x: torch.Tensor) -> torch.Tensor:
+    """x [rows, d] itself, or a copy in fp32 whose rows are contiguous."""
+    x = x.float()
+    return x if x.stride(1) == 1 else x.contiguous()
