@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from lora_runtime.answers.vectors import unit_length
 from lora_runtime.arena import RankArena, SlotTable
 from lora_runtime.engine import Engine, EngineSettings
 from lora_runtime.errors import BaseModelUnsupported, InvalidRequest
-from lora_runtime.kernels.grouped_lora.cpu import CpuGroupedLora
+from lora_runtime.kernels.grouped_lora.registry import BackendResources, choose_backend
 from lora_runtime.model.encoder_text import TextEncoder
 from lora_runtime.model.encoders import Encoders
 from lora_runtime.model.load import load_base
@@ -43,6 +44,8 @@ from lora_runtime.types import (
     Unloaded,
 )
 
+logger = logging.getLogger(__name__)
+
 _STACKS_SHARE = 16  # of the arena's bytes, one part is for what the kernels copy to be fast
 
 
@@ -56,6 +59,7 @@ class RuntimeSettings:
     num_loader_threads: int = 1
     num_threads: int | None = None  # torch's intra-op threads; None leaves torch's choice
     dtype: str = "float32"
+    backend: str | None = None  # of the low-rank deltas, by its name in the registry; None: the device's default
     prepack: bool = True  # keep reordered copies of the base's projections: faster, and as much memory again
     quantize: str = "none"  # the base's projections: a `Quantization`; has them not prepacked
 
@@ -82,12 +86,15 @@ class Runtime:
         # In a thread that ends: its team of OpenMP threads ends with it, so the engine's is the only one.
         with ThreadPoolExecutor(1, thread_name_prefix="multilora-base") as loading:
             model = loading.submit(load_base, base, prepack=settings.prepack, quantize=settings.quantize).result()
-        stack_bytes = settings.arena_bytes // _STACKS_SHARE
+        backend = choose_backend("cpu", torch.float32, settings.backend)
+        logger.info("base %s: low-rank deltas by the %s backend", model.spec.name, backend.name)
+        stack_bytes = settings.arena_bytes // _STACKS_SHARE if backend.makes_stacks else 0
         arena = RankArena(settings.arena_bytes - stack_bytes, torch.float32)
-        slots = SlotTable(len(model.spec.sites), model.spec.groups)
+        slots = SlotTable(len(model.spec.sites), model.spec.groups, a_layout=backend.a_layout)
+        resources = BackendResources(arena, slots, torch.float32, stack_bytes)
         self.base_name = model.spec.name
         self.encoders = Encoders(TextEncoder(model.tokenizer, model.spec.max_length))
-        self.runner = PackedRunner(model, slots, CpuGroupedLora(arena, slots, stack_bytes))
+        self.runner = PackedRunner(model, slots, backend.make(resources))
         self.engine = Engine(
             model.spec,
             self.runner,

@@ -10,9 +10,10 @@ from functools import cached_property
 import torch
 from torch.nn import functional
 
-from lora_runtime.arena import RankArena, SitePlacement, SlotTable, align
+from lora_runtime.arena import ALayout, RankArena, SitePlacement, SlotTable, align
 from lora_runtime.kernels.grouped_lora import LoraPlan, grouped_lora
 from lora_runtime.kernels.grouped_lora.reference import ReferenceGroupedLora
+from lora_runtime.kernels.grouped_lora.registry import choose_backend
 from lora_runtime.types import Site, SiteGroup
 
 MIXED_RANKS = (8, 16, 32, 64)
@@ -150,7 +151,7 @@ class Problem:
             adapters,
             tuple(random.Random(seed).sample(range(len(adapters)), len(adapters))),
             RankArena(sum(_image_elements(adapter) for adapter in adapters) * dtype.itemsize, dtype, str(device)),
-            SlotTable(len(sites), (group,)),
+            SlotTable(len(sites), (group,), a_layout=choose_backend(device, dtype).a_layout),
             group,
         )
         for adapter in adapters:
@@ -239,15 +240,16 @@ class Problem:
         return (rows + matrices) * self.dtype.itemsize
 
     def _publish(self, adapter: Adapter) -> None:
-        """Lay it out as the runtime does: the A of all sites adjacent, then every B."""
+        """Lay it out as the runtime does: the A of all sites as one matrix, then every B."""
         run = self.arena.allocate(_image_elements(adapter))
         view, cursor = self.arena.view(run), sum(a.numel() for a in adapter.a)
-        view[:cursor] = torch.cat([a.flatten() for a in adapter.a])
+        ranks = torch.cat(adapter.a)  # [R, d_in]
+        view[:cursor] = (ranks.T if self.slots.a_layout is ALayout.RANK_COLUMNS else ranks).flatten()
         places: list[SitePlacement] = []
         for site, b in enumerate(adapter.b):
             cursor = align(cursor)
             view[cursor : cursor + b.numel()] = b.flatten()
-            a_offset = site * adapter.rank * self.group.d_in
+            a_offset = self.slots.a_layout.place(site * adapter.rank, self.group.d_in)
             places.append(SitePlacement(site, a_offset, cursor, adapter.rank, adapter.scaling))
             cursor += b.numel()
         self.slots.publish(self.slots.acquire(), run, tuple(places))

@@ -1,4 +1,5 @@
-"""The CPU backend: long segments in a loop over views of the arena, short ones in one batched product.
+"""The CPU backend for a torch without MKL (else see `mkl.py`): long segments in a loop over views of the arena, short
+ones in one batched product.
 
 Two GEMMs per segment are the least arithmetic, but each call costs microseconds; below `SHORT_ROWS` rows that
 cost dominates, so short segments are padded to equal length and multiplied by a stack of their matrices. The

@@ -45,6 +45,7 @@ class BackendSpec:
     dtypes: tuple[torch.dtype, ...]  # of the activations
     make: Callable[[BackendResources], GroupedLora]
     a_layout: ALayout = ALayout.RANK_COLUMNS  # of the images it reads; the slot table is made with it
+    makes_stacks: bool = False  # takes `stack_bytes`
     is_built: Callable[[], bool] = lambda: True  # whether this build of torch has what it calls
     requires: str | None = None  # a package
     interpreter: str | None = None  # a variable under which it runs on the CPU too, slowly, to be tested
@@ -95,7 +96,7 @@ BACKENDS = {
     for spec in (
         BackendSpec("reference", (), (*_ALL_FLOATS, torch.float64), _make_reference),
         BackendSpec("mkl", ("cpu",), _ALL_FLOATS, _make_mkl, is_built=_has_mkl),
-        BackendSpec("cpu", ("cpu",), (torch.float32,), _make_cpu),
+        BackendSpec("cpu", ("cpu",), (torch.float32,), _make_cpu, makes_stacks=True),
         BackendSpec(
             "triton",
             ("cuda",),
