@@ -1,0 +1,137 @@
+"""Logits of a batch to one token per row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_runtime.sampling.draw import Limits, draw_from_all, draw_from_best, integer_weights, ranked
+from lora_runtime.sampling.processors import changes_logits, process_logits
+from lora_runtime.sampling.row import RowState
+from lora_runtime.sampling.uniform import uniforms
+
+
+class TokenLogprob(NamedTuple):
+    """A token and the natural logarithm of its probability."""
+
+    token_id: int
+    logprob: float
+
+
+class SampledToken(NamedTuple):
+    """One row's result.
+
+    Log-probabilities are of the model itself: log-softmax of the raw logits, before penalties, masks and temperature
+    (vLLM's default `logprobs_mode`, `raw_logprobs`). They are there when `params.logprobs` is not None.
+    """
+
+    token_id: int | None  # None: the row's logits are NaN or infinite, or its mask allows no token
+    logprob: float | None = None  # of the drawn token
+    top_logprobs: tuple[TokenLogprob, ...] = ()  # the model's `params.logprobs` best, best first, then by id
+
+
+class Sampler:
+    """Draws one token per row.
+
+    **Semantics** of a row: `process_logits`; at temperature 0 the best token, of equals the lowest id; else
+    `scores = logits / temperature`, top-k, top-p and min-p, each over what the one before left, and a draw with the
+    row's uniform number of (seed, number of tokens generated). A row's token is the same bit for bit whatever rows
+    are beside it, in whatever order.
+    """
+
+    @torch.inference_mode()
+    def sample(self, logits: Tensor, rows: Sequence[RowState]) -> list[SampledToken]:
+        """`logits` [rows, vocab] fp32, on any device, are not changed; nor are the rows: the caller appends."""
+        assert logits.shape[0] == len(rows) and logits.dtype == torch.float32
+        if not rows:
+            return []
+        processed = logits
+        if any(changes_logits(row) for row in rows):
+            processed = logits.clone()
+            process_logits(processed, rows)
+        tokens, is_fine = _draw(processed, rows)
+        drawn = torch.where(is_fine & (logits.amax(-1) < torch.inf), tokens, -1)
+        token_ids = [token if token >= 0 else None for token in drawn.tolist()]
+        results = [SampledToken(token) for token in token_ids]
+        told = [k for k, row in enumerate(rows) if row.params.logprobs is not None and token_ids[k] is not None]
+        if told:
+            _tell_logprobs(results, told, logits[torch.tensor(told, device=logits.device)], rows)
+        return results
+
+
+def _draw(logits: Tensor, rows: Sequence[RowState]) -> tuple[Tensor, Tensor]:
+    """Tokens, and whether each row's best logit is finite. NaN counts as the best."""
+    is_fine = logits.amax(-1).isfinite()
+    parts = [
+        [k for k, row in enumerate(rows) if row.params.is_greedy],
+        [k for k, row in enumerate(rows) if not row.params.is_greedy and row.params.truncates],
+        [k for k, row in enumerate(rows) if not row.params.is_greedy and not row.params.truncates],
+    ]
+    tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
+    for part, draw in zip(parts, (_greedy, _truncated, _untruncated), strict=True):
+        if part:
+            index = torch.tensor(part, device=logits.device)
+            own = logits if len(part) == len(rows) else logits[index]
+            tokens[index] = draw(own, [rows[k] for k in part])
+    return tokens, is_fine
+
+
+def _greedy(logits: Tensor, _: Sequence[RowState]) -> Tensor:
+    return logits.argmax(-1)
+
+
+def _truncated(logits: Tensor, rows: Sequence[RowState]) -> Tensor:
+    temperature, min_p, top_p, uniform, top_k = _numbers(rows, logits.device)
+    scores = logits / temperature.float()[:, None]
+    limits = Limits(top_k.long().clamp(max=logits.shape[1]), top_p, min_p)
+    return draw_from_best(scores, integer_weights(scores), limits, uniform)
+
+
+def _untruncated(logits: Tensor, rows: Sequence[RowState]) -> Tensor:
+    temperature, min_p, _, uniform, _ = _numbers(rows, logits.device)
+    scores = logits / temperature.float()[:, None]
+    return draw_from_all(integer_weights(scores), min_p, uniform)
+
+
+def _numbers(rows: Sequence[RowState], device: torch.device) -> tuple[Tensor, ...]:
+    """Temperature, min_p, top_p, the uniform number, top_k of each row, in one transfer. 5 times [rows] fp64"""
+    seeds = np.array([row.seed for row in rows], np.uint64)
+    steps = np.array([row.num_new_tokens for row in rows], np.uint64)
+    params = [row.params for row in rows]
+    columns = np.stack([
+        np.array([p.temperature for p in params], np.float64),
+        np.array([p.min_p for p in params], np.float64),
+        np.array([p.top_p for p in params], np.float64),
+        uniforms(seeds, steps),
+        np.array([p.top_k for p in params], np.float64),
+    ])  # fmt: skip
+    return torch.from_numpy(columns).to(device).unbind(0)
+
+
+def _tell_logprobs(results: list[SampledToken], told: list[int], logits: Tensor, rows: Sequence[RowState]) -> None:
+    """Fill in the log-probabilities of the rows `told`. [told, vocab] raw logits"""
+    logprobs = torch.log_softmax(logits, -1)
+    chosen = torch.tensor([results[k].token_id for k in told], device=logits.device)
+    own = logprobs.gather(1, chosen[:, None])[:, 0].tolist()
+    wanted = [rows[k].params.logprobs or 0 for k in told]
+    width = min(max(wanted), logits.shape[1])
+    values, ids = _best(logprobs, width) if width else (logprobs[:, :0], chosen[:, None][:, :0])
+    for k, logprob, count, best, names in zip(told, own, wanted, values.tolist(), ids.tolist(), strict=True):
+        top = tuple(TokenLogprob(*pair) for pair in zip(names[:count], best[:count], strict=True))
+        results[k] = results[k]._replace(logprob=logprob, top_logprobs=top)
+
+
+def _best(logprobs: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The `width` best of each row and their ids, of equals the lower id first, at the border too."""
+    vocab_size = logprobs.shape[1]
+    values, ids = ranked(logprobs, min(width + 1, vocab_size))
+    if width < vocab_size:
+        is_tied = values[:, width - 1] == values[:, width]
+        if bool(is_tied.any()):
+            tied_values, tied_ids = ranked(logprobs[is_tied], vocab_size)
+            values[is_tied], ids[is_tied] = tied_values[:, : width + 1], tied_ids[:, : width + 1]
+    return values[:, :width], ids[:, :width]
