@@ -11,19 +11,18 @@ from itertools import islice
 from pathlib import Path
 from types import TracebackType
 
-import torch
-
 from lora_runtime.adapters.loader import Fetching
 from lora_runtime.answers.spans import Span, best_spans, supports_no_answer
 from lora_runtime.answers.token_classes import SubwordStrategy, TokenLabel, TokenUnit, label_tokens
 from lora_runtime.answers.vectors import unit_length
 from lora_runtime.arena import RankArena, SlotTable
 from lora_runtime.engine import Engine, EngineSettings
-from lora_runtime.errors import BaseModelUnsupported, InvalidRequest
-from lora_runtime.kernels.grouped_lora.registry import BackendResources, choose_backend
+from lora_runtime.errors import InvalidRequest
+from lora_runtime.kernels.grouped_lora.registry import BackendResources, backend_for_base
 from lora_runtime.model.encoder_text import TextEncoder
 from lora_runtime.model.encoders import Encoders
 from lora_runtime.model.load import load_base
+from lora_runtime.model.placement import Placement, resolve_placement
 from lora_runtime.model.runner import PackedRunner
 from lora_runtime.types import (
     DEFAULT_TENANT,
@@ -58,7 +57,9 @@ class RuntimeSettings:
     max_batch_sequences: int = 256
     num_loader_threads: int = 1
     num_threads: int | None = None  # torch's intra-op threads; None leaves torch's choice
-    dtype: str = "float32"
+    device: str = "cpu"  # cpu, cuda or cuda:N
+    dtype: str = "float32"  # of the base, its adapters and activations: float32, bfloat16 or float16
+    host_bytes: int = 1 << 30  # page-locked memory for adapters beside those on an accelerator; none is used on the CPU
     backend: str | None = None  # of the low-rank deltas, by its name in the registry; None: the device's default
     prepack: bool = True  # keep reordered copies of the base's projections: faster, and as much memory again
     quantize: str = "none"  # the base's projections: a `Quantization`; has them not prepacked
@@ -81,17 +82,23 @@ class Runtime:
     ) -> None:
         """Load the base; raises BaseModelUnsupported. Without a `fetcher` adapters come from local folders alone."""
         settings = settings or RuntimeSettings()
-        if settings.dtype != "float32":
-            raise BaseModelUnsupported(f"dtype {settings.dtype!r} is not served; float32 is", dtype=settings.dtype)
+        placement = resolve_placement(settings.device, settings.dtype)
+        backend = backend_for_base(placement.device, placement.dtype, settings.backend)
         # In a thread that ends: its team of OpenMP threads ends with it, so the engine's is the only one.
         with ThreadPoolExecutor(1, thread_name_prefix="multilora-base") as loading:
-            model = loading.submit(load_base, base, prepack=settings.prepack, quantize=settings.quantize).result()
-        backend = choose_backend("cpu", torch.float32, settings.backend)
+            model = loading.submit(
+                load_base,
+                base,
+                prepack=settings.prepack,
+                quantize=settings.quantize,
+                device=settings.device,
+                dtype=settings.dtype,
+            ).result()
         logger.info("base %s: low-rank deltas by the %s backend", model.spec.name, backend.name)
         stack_bytes = settings.arena_bytes // _STACKS_SHARE if backend.makes_stacks else 0
-        arena = RankArena(settings.arena_bytes - stack_bytes, torch.float32)
+        arena = RankArena(settings.arena_bytes - stack_bytes, placement.dtype, placement.device)
         slots = SlotTable(len(model.spec.sites), model.spec.groups, a_layout=backend.a_layout)
-        resources = BackendResources(arena, slots, torch.float32, stack_bytes)
+        resources = BackendResources(arena, slots, placement.dtype, stack_bytes)
         self.base_name = model.spec.name
         self.encoders = Encoders(TextEncoder(model.tokenizer, model.spec.max_length))
         self.runner = PackedRunner(model, slots, backend.make(resources))
@@ -106,6 +113,7 @@ class Runtime:
                 settings.num_loader_threads,
                 settings.num_threads,
             ),
+            host=_host_tier(settings, placement),
             fetcher=fetcher,
         )
         self.engine.start()
@@ -256,6 +264,13 @@ class Runtime:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _host_tier(settings: RuntimeSettings, placement: Placement) -> RankArena | None:
+    """Where images are written before they go to an accelerator; None where the arena itself is host memory."""
+    if placement.device.type == "cpu":
+        return None
+    return RankArena(settings.host_bytes, placement.dtype, pin_memory=True)
 
 
 def _pairs(texts: Sequence[object]) -> list[tuple[str, str | None]]:

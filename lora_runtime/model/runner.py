@@ -40,7 +40,7 @@ class PackedRunner:
                 self._run_head(task, rows, hidden, outputs)
             for step in steps:
                 step.tokens.plan.check_current()  # no slot changed hands under the batch
-            return outputs
+            return _on_host(outputs)
 
     def hidden_states(self, rows: Sequence[Row], *, lora: bool = True) -> torch.Tensor:
         """Hidden states [T, d] of the rows, in order; `lora=False` runs the same batch on the base alone."""
@@ -65,6 +65,15 @@ class PackedRunner:
             members = [chosen[place] for place in batch]
             everything = members == list(range(len(rows)))
             states = hidden if everything else torch.cat([outputs[i] for i in members])
-            step = self._make_step(Batch.pack([rows[i] for i in members]))
+            step = self._make_step(Batch.pack([rows[i] for i in members], self._base.placement.device))
             for i, answer in zip(members, head.run(step, states), strict=True):
                 outputs[i] = answer
+
+
+def _on_host(outputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The same in fp32 on the host, by one copy."""
+    if all(output.device.type == "cpu" for output in outputs):
+        return [output.float() for output in outputs]
+    together = torch.cat([output.reshape(-1).float() for output in outputs]).cpu()
+    parts = together.split([output.numel() for output in outputs])
+    return [part.view(output.shape) for part, output in zip(parts, outputs, strict=True)]
