@@ -92,9 +92,11 @@ class InputBuffer:
     """A buffer of a layout on a device whose address stays; what a captured graph reads its batch from."""
 
     def __init__(self, layout: PackedLayout, device: torch.device) -> None:
+        """Filled with tokens of nobody."""
         self.layout = layout
-        self.buffer = torch.zeros(layout.num_elements, dtype=torch.int64, device=device)
+        self.buffer = torch.empty(layout.num_elements, dtype=torch.int64, device=device)
         self.inputs = layout.views(self.buffer)
+        self.fill(Unpacked((), (), (), (), None))
 
     def fill(self, found: Unpacked) -> PackedInputs:
         """Replace the content: one copy in the order of the current stream, without a wait."""

@@ -6,7 +6,7 @@ import itertools
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -18,9 +18,14 @@ from lora_runtime.answers.vectors import unit_length
 from lora_runtime.arena import RankArena, SlotTable
 from lora_runtime.engine import Engine, EngineSettings
 from lora_runtime.errors import InvalidRequest
+from lora_runtime.kernels.grouped_lora import GroupedLora
 from lora_runtime.kernels.grouped_lora.registry import BackendResources, backend_for_base
+from lora_runtime.kernels.grouped_lora.triton_backend.capturable import CapturableLora
+from lora_runtime.model.base import BaseModel, PackedBackbone
+from lora_runtime.model.capture import CudaCapture
 from lora_runtime.model.encoder_text import TextEncoder
 from lora_runtime.model.encoders import Encoders
+from lora_runtime.model.graphs import GraphedBackbone, GraphSettings
 from lora_runtime.model.load import load_base
 from lora_runtime.model.placement import Placement, resolve_placement
 from lora_runtime.model.runner import PackedRunner
@@ -35,6 +40,7 @@ from lora_runtime.types import (
     Pooling,
     Request,
     Result,
+    RunnerStats,
     SpanLogits,
     Task,
     Timings,
@@ -59,6 +65,7 @@ class RuntimeSettings:
     num_threads: int | None = None  # torch's intra-op threads; None leaves torch's choice
     device: str = "cpu"  # cpu, cuda or cuda:N
     dtype: str = "float32"  # of the base, its adapters and activations: float32, bfloat16 or float16
+    graph_bytes: int = 1 << 30  # device memory that captured forward passes may take; 0 has every step run eagerly
     host_bytes: int = 1 << 30  # page-locked memory for adapters beside those on an accelerator; none is used on the CPU
     backend: str | None = None  # of the low-rank deltas, by its name in the registry; None: the device's default
     prepack: bool = True  # keep reordered copies of the base's projections: faster, and as much memory again
@@ -101,7 +108,8 @@ class Runtime:
         resources = BackendResources(arena, slots, placement.dtype, stack_bytes)
         self.base_name = model.spec.name
         self.encoders = Encoders(TextEncoder(model.tokenizer, model.spec.max_length))
-        self.runner = PackedRunner(model, slots, backend.make(resources))
+        lora = backend.make(resources)
+        self.runner = PackedRunner(_with_graphs(model, slots, lora, settings), slots, lora)
         self.engine = Engine(
             model.spec,
             self.runner,
@@ -131,6 +139,17 @@ class Runtime:
         if known is None or known.state is not AdapterState.FAILED or known.path != folder:
             self.engine.register(adapter, folder).result()
         return self.engine.load(adapter).result()
+
+    def warm_up(self) -> None:
+        """Compile the kernels and capture the graphs that steps will need, for the adapters that are READY by now.
+
+        It takes seconds, in which nobody is answered. What is loaded later takes the graphs that suit it.
+        """
+        self.engine.call(self.runner.warm_up)
+
+    def stats(self) -> RunnerStats:
+        """What the runner did so far."""
+        return self.runner.stats()
 
     def unload(self, adapter: str) -> Unloaded:
         """Free an adapter's memory; it stays registered."""
@@ -264,6 +283,21 @@ class Runtime:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _with_graphs(model: BaseModel, slots: SlotTable, lora: GroupedLora, settings: RuntimeSettings) -> BaseModel:
+    """The base with its forward captured, on CUDA and where base and backend allow it; else as it is."""
+    device = model.placement.device
+    if device.type != "cuda" or not settings.graph_bytes:
+        return model
+    if not isinstance(model.backbone, PackedBackbone) or not isinstance(lora, CapturableLora):
+        what = "it runs padded" if isinstance(lora, CapturableLora) else "the backend cannot be captured"
+        logger.warning("base %s: every step runs eagerly, without graphs: %s", model.spec.name, what)
+        return model
+    graphs = GraphSettings.usual(
+        settings.graph_bytes, settings.token_budget, settings.max_batch_sequences, model.spec.max_length
+    )
+    return replace(model, backbone=GraphedBackbone(model.backbone, lora, slots, CudaCapture(device), graphs))
 
 
 def _host_tier(settings: RuntimeSettings, placement: Placement) -> RankArena | None:

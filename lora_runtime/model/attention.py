@@ -52,8 +52,8 @@ def packed_attention(
     widths = "kind", query.shape[-1], value.shape[-1]
     if widths not in step.attention_cache:  # once per batch, or per kind of layer where those differ
         step.attention_cache[widths] = choose_attention(query, value, is_static=step.is_static)
-    packed = (t[0].transpose(0, 1) for t in (query, key, value))  # [T, H, D], views
-    return attend(step.attention_cache[widths], *packed, step, Masking(causal, sliding_window, scaling))[None], None
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [T, H, D], views
+    return attend(step.attention_cache[widths], q, k, v, step, Masking(causal, sliding_window, scaling))[None], None
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)

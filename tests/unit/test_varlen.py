@@ -127,7 +127,7 @@ def test_what_flash_attention_cannot_do_goes_another_way(
         is_cuda = True
 
     query, value = (torch.zeros(1, 1, 1, w, dtype=dtype).as_subclass(OnCuda) for w in (width, value_width))
-    monkeypatch.setattr(varlen, "_capability", lambda device: capability)
+    monkeypatch.setattr(varlen, "_capability", lambda _: capability)
     assert can_use_varlen(query, value) is usable
     other = {True: AttentionKind.MASKED, False: AttentionKind.EQUAL_RUNS}
     for is_static, kind in other.items():
