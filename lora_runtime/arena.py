@@ -147,6 +147,8 @@ class RankArena:
             end = min(start + _PIECE, run.length)
             piece = self.buffer[run.offset + start : run.offset + end].clone()
             self.buffer[moved.offset + start : moved.offset + end].copy_(piece)
+        if self.buffer.is_cuda:  # a loader may write where the run was, on a stream of its own
+            torch.cuda.current_stream(self.buffer.device).synchronize()
         after = next((free for free in self._free if free.offset == run.end), Run(run.end, 0))
         self._free = [free for free in self._free if free not in (before, after)]
         insort(self._free, Run(moved.end, before.length + after.length))

@@ -53,6 +53,7 @@ class CudaCapture:
         return _CudaGraph(graph, output)
 
     def reserved_bytes(self) -> int:
+        torch.cuda.empty_cache()  # what the warm-ups left is no graph's
         return torch.cuda.memory_reserved(self._device)
 
 

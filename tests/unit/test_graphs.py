@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 
 from transformers import GPT2Config, GPT2Model
 
-from lora_runtime.arena import ALayout, RankArena, SitePlacement, SlotTable, align
+from lora_runtime.arena import ALayout, RankArena, SlotTable
 from lora_runtime.batch import BASE_CARD, Extras, Resident, Row
 from lora_runtime.kernels.grouped_lora.reference import ReferenceGroupedLora
 from lora_runtime.kernels.grouped_lora.triton_backend import backend as backend_module
@@ -30,6 +30,7 @@ from lora_runtime.model.graphs import NO_LORA, Eager, GraphedBackbone, GraphSett
 from lora_runtime.model.load import load_base
 from lora_runtime.model.runner import PackedRunner
 from lora_runtime.types import Site, TokenSequence
+from tests.resident_adapters import put_random_adapter
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -98,20 +99,8 @@ class Rig:
 
     def add(self, rank: int, *names: str) -> Resident:
         """An adapter of random matrices at the sites whose names end so."""
-        chosen, cursor, places = set(s.index for s in self.sites(*names)), 0, []
-        for group in self.base.spec.groups:
-            own = [site for site in group.sites if site.index in chosen]
-            for place, site in enumerate(own):
-                places.append(SitePlacement(site.index, cursor + place * rank * site.d_in, 0, rank, 0.5))
-            cursor = align(cursor + sum(rank * site.d_in for site in own))
-        for i, place in enumerate(places):
-            places[i] = replace(place, b_offset=cursor)
-            cursor = align(cursor + rank * self.base.spec.sites[place.site].d_out)
-        run = self.arena.allocate(cursor)
-        self.arena.view(run).copy_(torch.randn(run.length, generator=self.generator) * 0.3)
-        slot = self.slots.acquire()
-        self.slots.publish(slot, run, tuple(places))
-        return Resident(slot, f"adapter-{slot}", BASE_CARD)
+        chosen = {site.index for site in self.sites(*names)}
+        return put_random_adapter(self.base.spec, self.arena, self.slots, rank, chosen, self.generator)
 
     def row(self, num_tokens: int, resident: Resident | None = None) -> Row:
         ids = torch.randint(5, 200, (num_tokens,), generator=self.generator).tolist()
