@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from server.collector import exempt_from_collection
+from server.log_repeats import RepeatsFilter
 from server.settings import ServeSettings, SettingsError, flag_of, resolve_settings, variable_of
 
 # command → where its typer app lives; each brings its own dependencies, which `serve` must not pay for
@@ -144,6 +145,7 @@ def run_server(settings: ServeSettings) -> int:
     )
 
     logging.getLogger("grpc").setLevel(logging.INFO)  # at debug it writes a line per RPC
+    logging.getLogger("lora_runtime.adapters.plan").addFilter(RepeatsFilter())
 
     async def serve_until_signal() -> None:
         stop = asyncio.Event()

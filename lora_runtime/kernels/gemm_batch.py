@@ -47,21 +47,20 @@ class Products:
         """
         self.count = count
         self.a_bytes, self.c_bytes = a_places * _FLOAT_BYTES, c_places * _FLOAT_BYTES
-        self._sizes = np.empty((8, count), dtype=np.int32)
-        for i, values in enumerate((_NO_TRANSPOSE, *shapes, *strides, 1)):
-            self._sizes[i] = values
-        self._factors = np.ones((2, count), dtype=np.float32)
-        self._factors[1] = beta
+        self._sizes = sizes = np.ones((8, count), dtype=np.int32)
+        sizes[0] = _NO_TRANSPOSE
+        sizes[1], sizes[2], sizes[3] = shapes
+        sizes[4], sizes[5], sizes[6] = strides
+        self._factors = np.full((2, count), beta, dtype=np.float32)
         self.alpha = self._factors[0]
+        self.alpha[:] = 1.0
         self._addresses = np.empty((3, count), dtype=np.int64)
         self.a, self.b, self.c = self._addresses
-        trans, m, n, k, lda, ldb, ldc, ones = (self._sizes.ctypes.data + i * 4 * count for i in range(8))
-        alphas = self._factors.ctypes.data
-        a, b, c = (self._addresses.ctypes.data + i * 8 * count for i in range(3))
-        self.arguments = (
-            *(_ROW_MAJOR, trans, trans, m, n, k, alphas, a, lda, b, ldb),
-            *(alphas + 4 * count, c, ldc, count, ones),
-        )
+        size, factor, address = self._sizes.ctypes.data, self._factors.ctypes.data, self._addresses.ctypes.data
+        trans, m, n, k, lda, ldb, ldc, ones = range(size, size + 32 * count, 4 * count) if count else (size,) * 8
+        alpha, beta_at = factor, factor + 4 * count
+        a, b, c = address, address + 8 * count, address + 16 * count
+        self.arguments = _ROW_MAJOR, trans, trans, m, n, k, alpha, a, lda, b, ldb, beta_at, c, ldc, count, ones
 
 
 class GemmBatch:

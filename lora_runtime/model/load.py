@@ -113,8 +113,7 @@ def _load(
         head.set_sites(sites, groups)
     wrap_leaves(looked.backbone, looked.observed, sites, groups)
     if prepack and quantization is Quantization.NONE:
-        with torch.inference_mode():
-            num_bytes = prepack_linears(looked.backbone)
+        num_bytes = _prepack(looked.backbone)
         logger.info("base %s: %.0f MiB of reordered copies of its projections", name, num_bytes / (1 << 20))
     pack = not any(looked.observed[path].kind is LeafKind.LINEAR for path in shared_modules(looked.observed))
     backbone = prove_backbone(looked.backbone, looked.config, groups, looked.expected, name, pack=pack)
@@ -131,6 +130,18 @@ def _load(
         quantized = quantize_linears(looked.backbone, quantization, looked.parameters)
         spec = replace(spec, parameters=quantized | outside)
     return BaseModel(spec, backbone, all_heads, tokenizer, placement)
+
+
+def _prepack(backbone: nn.Module) -> int:
+    """Those of a group as one product, unless the architecture cannot take its slices; the bytes of the copies."""
+    with torch.inference_mode():
+        num_bytes = prepack_linears(backbone)
+        try:
+            backbone(**_probe_batch(backbone))
+        except RuntimeError as error:
+            logger.debug("projections are multiplied one by one: %s", error)
+            num_bytes = prepack_linears(backbone, together=False)
+    return num_bytes
 
 
 def is_decoder(config: Any) -> bool:

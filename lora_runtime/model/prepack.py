@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,25 +32,73 @@ _PROBE_ROWS = 3
 _TOLERANCE = 1e-4  # of a projection of random numbers, relative to the largest
 
 
-def prepack_linears(backbone: nn.Module) -> int:
+def prepack_linears(backbone: nn.Module, *, together: bool = True) -> int:
     """Have each projection multiply by a reordered copy of its weight; the bytes of the copies.
+
+    `together`: those of a site group, which share their input (query, key and value; gate and up), are one product,
+    whose columns they share out: measured 1.5 to 1.9 times as fast with 1 to 30 rows of 384, 1.1 with 256. Their
+    outputs are then slices, which not every architecture can view as it likes.
 
     The weights themselves stay, for adapters that change them. Projections that oneDNN does not multiply as exactly,
     all of them where torch is built without it, stay as they are.
     """
     num_bytes = 0
     refused: list[str] = []
-    for module in backbone.modules():
-        if isinstance(module, LoraLinear) and (weight := _weight(module.base)) is not None:
-            product = _prepacked(module.base, weight)
-            if product is None:
-                refused.append(module.path)
-            else:
-                module.prepacked = product
-                num_bytes += weight.nbytes
+    for members in _members(backbone, together=together):
+        linears = [module.base for module in members]
+        product = _prepacked(linears)
+        if product is None and len(members) > 1:
+            refused += [module.path for module in members if not _prepack_alone(module)]
+        elif product is None:
+            refused.append(members[0].path)
+        else:
+            _hand_out(product, members)
+        num_bytes += sum(4 * m.site.d_in * m.site.d_out for m in members if m.prepacked is not None)
     if refused:
         _log.warning("%d projections are not prepacked and may be slower: %s …", len(refused), refused[0])
     return num_bytes
+
+
+def _members(backbone: nn.Module, *, together: bool) -> list[list[LoraLinear]]:
+    """The projections that can be prepacked, those of one group beside each other where all of it can be."""
+    found: dict[object, list[LoraLinear]] = {}
+    able = [m for m in backbone.modules() if isinstance(m, LoraLinear) and _weight(m.base) is not None]
+    for module in able:
+        found.setdefault(module.group.index if together else module, []).append(module)
+    members: list[list[LoraLinear]] = []
+    for modules in found.values():
+        ordered = sorted(modules, key=lambda module: module.site.index)
+        whole = [module.site for module in ordered] == list(modules[0].group.sites)
+        members += [ordered] if whole else [[module] for module in ordered]
+    return members
+
+
+class _Together:
+    """One product of several projections, computed when the first of them is asked and kept until the last was."""
+
+    def __init__(self, product: Product, widths: list[int]) -> None:
+        self._product = product
+        self._widths = widths
+        self._x: torch.Tensor | None = None
+        self._parts: tuple[torch.Tensor, ...] = ()
+
+    def part(self, place: int, x: torch.Tensor) -> torch.Tensor:
+        """x [..., d_in] → [..., width of that place], a slice."""
+        if self._x is not x:
+            self._x, self._parts = x, self._product(x).split(self._widths, dim=-1)
+        part = self._parts[place]
+        if place == len(self._widths) - 1:
+            self._x, self._parts = None, ()
+        return part
+
+
+def _hand_out(product: Product, members: list[LoraLinear]) -> None:
+    if len(members) == 1:
+        members[0].prepacked = product
+        return
+    shared = _Together(product, [module.site.d_out for module in members])
+    for place, module in enumerate(members):
+        module.prepacked = partial(shared.part, place)
 
 
 def _weight(linear: nn.Module) -> torch.Tensor | None:
@@ -62,18 +111,39 @@ def _weight(linear: nn.Module) -> torch.Tensor | None:
     return weight.detach().t().contiguous() if isinstance(linear, Conv1D) else weight.detach()
 
 
-def _prepacked(linear: nn.Module, weight: torch.Tensor) -> Product | None:
-    """None where the operators are not there or not exact."""
+def _prepack_alone(module: LoraLinear) -> bool:
+    module.prepacked = _prepacked([module.base])
+    return module.prepacked is not None
+
+
+def _prepacked(linears: list[nn.Module]) -> Product | None:
+    """x → the outputs of all, side by side; None where the operators are not there or not exact."""
     try:
+        weight = torch.cat([w for linear in linears if (w := _weight(linear)) is not None])
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        product = _product(packed, linear.bias)  # pyright: ignore[reportArgumentType]
+        product = _product(packed, _biases(linears))
         x = torch.randn(1, _PROBE_ROWS, weight.shape[1], generator=torch.Generator().manual_seed(0))
-        wanted, found = linear(x), product(x)
+        wanted, found = torch.cat([linear(x) for linear in linears], dim=-1), product(x)
     except (AttributeError, NotImplementedError, RuntimeError) as error:
         _log.debug("oneDNN: %s", error)
         return None
     exact = torch.allclose(found, wanted, rtol=0, atol=_TOLERANCE * max(1.0, float(wanted.abs().max())))
     return product if exact and found.is_contiguous() else None
+
+
+def _biases(linears: list[nn.Module]) -> torch.Tensor | None:
+    """Of all, side by side; zeros for those without one beside others."""
+    biases: list[Any] = [linear.bias for linear in linears]
+    if all(bias is None for bias in biases):
+        return None
+    weights = [_weight(linear) for linear in linears]
+    return torch.cat(
+        [
+            w.new_zeros(len(w)) if b is None else b.detach()
+            for w, b in zip(weights, biases, strict=True)
+            if w is not None
+        ]
+    )
 
 
 def _product(packed: torch.Tensor, bias: torch.Tensor | None) -> Product:

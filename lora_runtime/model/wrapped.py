@@ -38,7 +38,9 @@ class LoraLinear(Wrapped):
         super().__init__(base, site.name)
         self.site = site
         self.group = group
-        self.prepacked: Callable[[torch.Tensor], torch.Tensor] | None = None  # what `base` does, faster
+        self.prepacked: Callable[[torch.Tensor], torch.Tensor] | None = (
+            None  # what `base` does, faster; not always contiguous
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., T, d_in] → [..., T, d_out]."""

@@ -14,6 +14,7 @@ import transformers
 
 from lora_runtime.batch import Row
 from lora_runtime.model.load import load_base
+from lora_runtime.model.probe import probe_step
 from lora_runtime.model.wrapped import LoraLinear
 from lora_runtime.runtime import Runtime, RuntimeSettings
 from lora_runtime.types import TokenSequence
@@ -44,6 +45,42 @@ def hidden(folder: Path, *, prepack: bool) -> torch.Tensor:
 def test_prepacked_projections_compute_the_same(name: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(name)
     torch.testing.assert_close(hidden(folder, prepack=True), hidden(folder, prepack=False), atol=2e-5, rtol=0)
+
+
+def test_projections_of_one_input_are_one_product(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    products: list[int] = []
+    run = torch.ops.mkldnn._linear_pointwise
+
+    class Counted:
+        _reorder_linear_weight = torch.ops.mkldnn._reorder_linear_weight
+
+        def _linear_pointwise(self, x: torch.Tensor, *rest: object) -> torch.Tensor:
+            y = run(x, *rest)
+            products.append(y.shape[-1])
+            return y
+
+    monkeypatch.setattr(torch.ops, "mkldnn", Counted())
+    base = load_base(tiny_bert)
+    products.clear()
+    with torch.inference_mode():
+        base.backbone.hidden([Row(TokenSequence((5, 6, 7), None))], lambda batch: probe_step(batch, base.spec.groups))
+    width, inner, layers = 36, 52, len(products) // 4
+    assert products == [3 * width, width, inner, width] * layers, "query, key and value; output; up; down"
+
+
+def test_an_architecture_that_cannot_view_slices_gets_its_projections_one_by_one(
+    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attention = transformers.models.bert.modeling_bert.BertSelfAttention
+    forward = attention.forward
+
+    def strict(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.query(hidden_states).view(-1)
+        return forward(self, hidden_states, *args, **kwargs)
+
+    expected = hidden(tiny_bert, prepack=False)
+    monkeypatch.setattr(attention, "forward", strict)
+    torch.testing.assert_close(hidden(tiny_bert, prepack=True), expected, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("fault", ["missing", "inexact"])

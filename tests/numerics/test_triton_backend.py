@@ -266,9 +266,9 @@ def test_the_compiler_has_nothing_to_do_after_the_warm_up() -> None:
 
 TARGETS = [
     (90, "bfloat16", "bfloat16", "bf16.bf16", "tf32.tf32"),
-    (80, "float16", "float16", "f16.f16", "tf32.tf32"),
     (90, "float32", "float32", "", ""),
-    (80, "bfloat16", "float32", "", ""),
+    pytest.param(80, "float16", "float16", "f16.f16", "tf32.tf32", marks=pytest.mark.slow),
+    pytest.param(80, "bfloat16", "float32", "", "", marks=pytest.mark.slow),
 ]
 
 

@@ -123,6 +123,7 @@ class MklGroupedLora:
         self._slots = slots
         self._gemm = gemm
         self._places = {group.index: _places(group) for group in slots.groups}
+        self._rows = {index: _slice_of(list(places)) for index, places in self._places.items()}
 
     def shrink(self, x: torch.Tensor, group: SiteGroup, plan: LoraPlan) -> _Shrunk:
         placed, pattern = self._pattern(group, plan)
@@ -146,7 +147,7 @@ class MklGroupedLora:
         placed: _Placed | None = plan.cache.get("placed")
         if placed is None:
             placed = plan.cache["placed"] = _Placed.of(plan, self._slots, self._buffer)
-        ranks = placed.ranks[list(self._places[group.index])]
+        ranks = placed.ranks[self._rows[group.index]]
         key = "pattern", ranks.tobytes()
         pattern: _Pattern | None = plan.cache.get(key)
         if pattern is None:
@@ -156,6 +157,12 @@ class MklGroupedLora:
 
 def _places(group: SiteGroup) -> dict[int, int]:
     return {site.index: place for place, site in enumerate(group.sites)}
+
+
+def _slice_of(indices: list[int]) -> slice | list[int]:
+    """Neighbours as a slice, which reads rows without a copy."""
+    first, last = indices[0], indices[-1]
+    return slice(first, last + 1) if indices == list(range(first, last + 1)) else indices
 
 
 def _fp32_rows(x: torch.Tensor) -> torch.Tensor:
