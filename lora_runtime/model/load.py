@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from lora_runtime.heads import PooledHead, TaskHead
 from lora_runtime.heads.sequence_leaf import is_leaf
 from lora_runtime.heads.task_head import PROBE_LABELS
 from lora_runtime.model.base import Backbone, BaseModel, PackedBackbone, PaddedBackbone
+from lora_runtime.model.fuse import fuse_linears, unfuse_linears
 from lora_runtime.model.inject import make_leaves, make_sites, shared_modules, wrap_leaves
 from lora_runtime.model.observe import PROBE_BATCH, PROBE_TOKENS, Observed, observe
 from lora_runtime.model.placement import Placement, place_modules, resolve_placement
@@ -124,7 +126,9 @@ def _load(
     if not placement.is_proved:
         place_modules([looked.backbone, *(head.module for head in heads.values())], placement)
         backbone = replace(backbone, inputs=replace(backbone.inputs, device=placement.device))
-        check_moved(backbone, groups, looked.expected, placement, name)
+        check = partial(check_moved, backbone, groups, looked.expected, placement, name)
+        fuse = quantization is Quantization.NONE and placement.device.type == "cuda"
+        _check_placed(check, looked.backbone, fuse=fuse)
     if quantization is not Quantization.NONE:
         outside = {path: value for path, value in spec.parameters.items() if path not in looked.parameters}
         quantized = quantize_linears(looked.backbone, quantization, looked.parameters)
@@ -142,6 +146,19 @@ def _prepack(backbone: nn.Module) -> int:
             logger.debug("projections are multiplied one by one: %s", error)
             num_bytes = prepack_linears(backbone, together=False)
     return num_bytes
+
+
+def _check_placed(check: Callable[[], None], backbone: nn.Module, *, fuse: bool) -> None:
+    """Check a base at its place; with projections of a group as one product, unless it cannot take their slices."""
+    fused = fuse_linears(backbone) if fuse else []
+    try:
+        check()
+    except RuntimeError as error:
+        if not fused:
+            raise
+        logger.debug("projections are multiplied one by one: %s", error)
+        unfuse_linears(fused)
+        check()
 
 
 def is_decoder(config: Any) -> bool:

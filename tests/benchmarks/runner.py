@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def _run_case(
     }
     errors = check_outputs(problem, batches, TOLERANCES[bench.dtype])
     runs = {
-        f"{traffic}, {how}": lambda runner=runner, rows=rows: runner.run(rows)
+        f"{traffic}, {how}": partial(runner.run, rows)
         for traffic, rows in batches.items()
         for how, runner in problem.runners.items()
     }
