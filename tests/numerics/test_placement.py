@@ -12,10 +12,12 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lora_runtime.adapters.image import to_half
+from lora_runtime.batch import Row
 from lora_runtime.errors import AdapterFailed, AdapterRejected, BaseModelUnsupported
 from lora_runtime.model import load
 from lora_runtime.model.placement import Placement, place_modules, resolve_placement
 from lora_runtime.runtime import Runtime, RuntimeSettings
+from lora_runtime.types import TokenSequence
 from tests.oracle import ALL_LINEAR, make_adapter
 
 TEXTS = ["Short.", "what time does the train to the coast leave tomorrow", "I would like to cancel my card."]
@@ -162,3 +164,50 @@ def test_a_base_that_computes_something_else_at_its_place_is_refused(
     monkeypatch.setattr(load, "place_modules", broken)
     with pytest.raises(BaseModelUnsupported, match="computes something else than in float32"):
         load.load_base(tiny_bert, dtype="bfloat16")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_a_runtime_on_cuda_answers_as_peft_does_by_graphs_that_were_captured_before(
+    encoder_path: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    name = str(dtype).removeprefix("torch.")
+    limit = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
+    settings = RuntimeSettings(arena_bytes=64 << 20, host_bytes=64 << 20, device="cuda", dtype=name)
+    with Runtime(encoder_path, settings) as runtime:
+        for seed, label in enumerate(("one", "two")):
+            runtime.load(make_adapter(encoder_path, tmp_path / label, seed=seed))
+        runtime.warm_up()
+        before = runtime.stats()
+        assert before.num_graphs > 0
+        for label in ("one", "two", "one"):
+            found = torch.tensor([[*a.scores.values()] for a in runtime.classify(label, TEXTS)])
+            want = _peft(encoder_path, tmp_path / label, torch.float32)
+            assert (found - want).norm() / want.norm() < limit
+        runtime.unload("one")
+        runtime.load(tmp_path / "one")  # back from the host, into another slot
+        again = torch.tensor([[*a.scores.values()] for a in runtime.classify("one", TEXTS)])
+        assert (again - found).norm() / found.norm() < 1e-3
+        after = runtime.stats()
+        assert after.replayed_steps > before.replayed_steps
+        assert (after.num_compiled, sum(after.eager_steps.values())) == (before.num_compiled, 0)
+
+
+@pytest.mark.gpu
+def test_a_step_on_cuda_waits_for_its_answer_alone(encoder_path: Path, tmp_path: Path) -> None:
+    settings = RuntimeSettings(arena_bytes=64 << 20, host_bytes=64 << 20, device="cuda", dtype="float16")
+    with Runtime(encoder_path, settings) as runtime:
+        runtime.load(make_adapter(encoder_path, tmp_path / "one"))
+        runtime.warm_up()
+        runtime.classify("one", TEXTS)
+        ids = [encoded.input_ids for encoded in runtime.encoder.encode([(t, None) for t in TEXTS], max_length=None)]
+
+        def step() -> None:
+            rows = [Row(TokenSequence(i, None)) for i in ids]
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                runtime.runner.hidden_states(rows)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        runtime.engine.call(step)
