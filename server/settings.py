@@ -90,7 +90,7 @@ class ServeSettings(BaseModel):
         1024, description="MiB of page-locked host memory for adapters beside those on the device. For CUDA."
     )
     prepack: bool = Field(
-        True, description="Keep reordered copies of the base's weights: faster, and as much memory again."
+        True, description="On a CPU, keep reordered copies of the base's weights: faster, and twice the memory."
     )
     quantize: Literal["none", "int8", "8bit", "4bit"] = Field(
         "none",

@@ -5,6 +5,7 @@ Packed tensors are [T, heads, D], and come back as [T, H, D of the value].
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -20,6 +21,8 @@ _HALVES = (torch.float16, torch.bfloat16)
 _MAX_HEAD = 256  # of flash attention, which also takes whole vectors of 8 alone
 _HEAD_STEP = 8
 _LEAST_CAPABILITY = (8, 0)  # of the device, for torch's packed flash attention
+_NEEDED = {"scale", "window_size", "enable_gqa"}  # of its arguments; torch added them one after the other
+_IS_COMPLETE = inspect.signature(varlen_attn).parameters.keys() >= _NEEDED
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,7 @@ def choose_attention(query: torch.Tensor, value: torch.Tensor, *, is_static: boo
 def can_use_varlen(query: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether torch's packed flash attention takes such heads on their device."""
     width = query.shape[-1]
-    fits = width == value.shape[-1] and width % _HEAD_STEP == 0 and width <= _MAX_HEAD
+    fits = _IS_COMPLETE and width == value.shape[-1] and width % _HEAD_STEP == 0 and width <= _MAX_HEAD
     return fits and query.dtype in _HALVES and query.is_cuda and _capability(query.device) >= _LEAST_CAPABILITY
 
 

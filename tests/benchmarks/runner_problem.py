@@ -48,7 +48,7 @@ class BaseShape:
 
 
 def _bert(width: int, layers: int, heads: int) -> Callable[[int], PreTrainedModel]:
-    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+    sizes: dict[str, Any] = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
     return lambda vocab: BertModel(
         BertConfig(vocab_size=vocab, intermediate_size=4 * width, max_position_embeddings=128, **sizes)
     )
@@ -59,8 +59,8 @@ def _gpt2(vocab: int) -> PreTrainedModel:
 
 
 def _llama(width: int, inner: int, layers: int, kv_heads: int) -> Callable[[int], PreTrainedModel]:
-    sizes = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers}
-    heads = {"num_attention_heads": 32, "num_key_value_heads": kv_heads}
+    sizes: dict[str, Any] = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers}
+    heads: dict[str, Any] = {"num_attention_heads": 32, "num_key_value_heads": kv_heads}
     return lambda vocab: LlamaForCausalLM(
         LlamaConfig(vocab_size=vocab, max_position_embeddings=128, tie_word_embeddings=True, **sizes, **heads)
     )

@@ -17,7 +17,7 @@ from lora_runtime.errors import AdapterFailed, AdapterRejected, BaseModelUnsuppo
 from lora_runtime.model import load
 from lora_runtime.model.placement import Placement, place_modules, resolve_placement
 from lora_runtime.runtime import Runtime, RuntimeSettings
-from lora_runtime.types import TokenSequence
+from lora_runtime.types import AdapterRef
 from tests.oracle import ALL_LINEAR, make_adapter
 
 TEXTS = ["Short.", "what time does the train to the coast leave tomorrow", "I would like to cancel my card."]
@@ -200,10 +200,11 @@ def test_a_step_on_cuda_waits_for_its_answer_alone(encoder_path: Path, tmp_path:
         runtime.load(make_adapter(encoder_path, tmp_path / "one"))
         runtime.warm_up()
         runtime.classify("one", TEXTS)
-        ids = [encoded.input_ids for encoded in runtime.encoder.encode([(t, None) for t in TEXTS], max_length=None)]
+        sequences = runtime.encoder.encode([(text, None) for text in TEXTS], max_length=None, truncate=False)
+        (resident,) = runtime.engine.hold([runtime.engine.catalogue.resolve(AdapterRef.parse("one")).id]).values()
+        rows = [Row(sequences[0]), *(Row(sequence, resident) for sequence in sequences[1:])]
 
         def step() -> None:
-            rows = [Row(TokenSequence(i, None)) for i in ids]
             torch.cuda.set_sync_debug_mode("error")
             try:
                 runtime.runner.hidden_states(rows)
