@@ -44,7 +44,12 @@ class RankArena:
     """One buffer of `dtype` on `device`; runs are allocated best fit and coalesced when freed."""
 
     def __init__(
-        self, num_bytes: int, dtype: torch.dtype = torch.float32, device: str = "cpu", *, pin_memory: bool = False
+        self,
+        num_bytes: int,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        *,
+        pin_memory: bool = False,
     ) -> None:
         """`pin_memory`: page-locked, so that copies to an accelerator overlap with its work."""
         num_elements = num_bytes // dtype.itemsize // ALIGNMENT * ALIGNMENT
@@ -62,6 +67,11 @@ class RankArena:
     @property
     def num_bytes(self) -> int:
         return self.buffer.numel() * self.buffer.itemsize
+
+    @property
+    def num_fp32_bytes(self) -> int:
+        """Bytes in float32 of what the arena holds in its dtype."""
+        return self.buffer.numel() * torch.float32.itemsize
 
     @property
     def used_bytes(self) -> int:
@@ -137,6 +147,8 @@ class RankArena:
             end = min(start + _PIECE, run.length)
             piece = self.buffer[run.offset + start : run.offset + end].clone()
             self.buffer[moved.offset + start : moved.offset + end].copy_(piece)
+        if self.buffer.is_cuda:  # a loader may write where the run was, on a stream of its own
+            torch.cuda.current_stream(self.buffer.device).synchronize()
         after = next((free for free in self._free if free.offset == run.end), Run(run.end, 0))
         self._free = [free for free in self._free if free not in (before, after)]
         insort(self._free, Run(moved.end, before.length + after.length))

@@ -12,6 +12,7 @@ import torch
 
 from lora_runtime.arena import BASE_SLOT, SlotTable
 from lora_runtime.kernels.grouped_lora import GroupedLora, LoraPlan
+from lora_runtime.packing import InputBuffer, Unpacked, pack_inputs
 from lora_runtime.types import AdapterCard, Pooling, ProblemType, SiteGroup, Task, TokenSequence
 
 
@@ -95,32 +96,55 @@ class Batch:
     rows: tuple[Row, ...]
     input_ids: torch.Tensor  # [T] int64
     token_type_ids: torch.Tensor  # [T] int64
-    position_ids: torch.Tensor  # [T] int64, from 0 in each sequence
+    position_ids: torch.Tensor  # [T] int64, as the base counts them in each sequence
+    pad_ids: torch.Tensor  # [N] int64: the id that a row's adapter pads with, -1: none
     cu_seqlens: torch.Tensor  # [N+1] int32
     lengths: tuple[int, ...]  # [N]
     equal_runs: tuple[EqualRun, ...]
+    max_length: int
     padded_length: int | None = None
 
     @property
     def num_tokens(self) -> int:
-        return len(self.input_ids)
+        """T, without the tokens that fill up `into`."""
+        return sum(self.lengths)
 
     @classmethod
-    def pack(cls, rows: Sequence[Row], device: str = "cpu", *, padded: bool = False) -> Batch:
-        """Pack rows in the order given."""
+    def pack(
+        cls,
+        rows: Sequence[Row],
+        device: str | torch.device = "cpu",
+        *,
+        padded: bool = False,
+        padding_idx: int | None = None,
+        into: InputBuffer | None = None,
+    ) -> Batch:
+        """Pack rows in the order given; their integers reach `device` in one copy that nothing waits for.
+
+        `padding_idx`: of a base whose positions count from there, see ForwardInputs. `into`: the tensors are those of
+        this buffer, [its T] and [its N], filled up with tokens and sequences of nobody.
+        """
         assert rows, "a batch has at least one row"
         lengths = tuple(row.sequence.num_tokens for row in rows)
         assert all(lengths), "a sequence has at least one token"
-        types = [_token_types(row) or (0,) * n for row, n in zip(rows, lengths, strict=True)]
-        ends = torch.tensor((0, *lengths)).cumsum(0)
+        found = Unpacked(
+            lengths,
+            [row.sequence.input_ids for row in rows],
+            [_token_types(row) for row in rows],
+            [-1 if (pad := row.resident.card.pad_token_id) is None else pad for row in rows],
+            padding_idx,
+        )
+        inputs = pack_inputs(found, torch.device(device)) if into is None else into.fill(found)
         return cls(
             rows=tuple(rows),
-            input_ids=torch.tensor([t for row in rows for t in row.sequence.input_ids], device=device),
-            token_type_ids=torch.tensor([t for ids in types for t in ids], device=device),
-            position_ids=torch.cat([torch.arange(n, device=device) for n in lengths]),
-            cu_seqlens=ends.to(device, torch.int32),
+            input_ids=inputs.input_ids,
+            token_type_ids=inputs.token_type_ids,
+            position_ids=inputs.position_ids,
+            pad_ids=inputs.pad_ids,
+            cu_seqlens=inputs.cu_seqlens,
             lengths=lengths,
             equal_runs=_equal_runs(lengths),
+            max_length=max(lengths),
             padded_length=max(lengths) if padded else None,
         )
 
@@ -142,15 +166,20 @@ def _equal_runs(lengths: tuple[int, ...]) -> tuple[EqualRun, ...]:
 class Owners:
     """Which adapter owns which rows of a module's input: the plan of their LoRA, and their extras."""
 
-    def __init__(self, slots: SlotTable, parts: Sequence[tuple[Resident, int, int]], leading: int) -> None:
+    def __init__(self, plan: LoraPlan, parts: Sequence[tuple[Resident, int, int]], leading: int) -> None:
         """`parts` are (adapter, rows, of which LoRA leaves out the first); `leading` dimensions make the rows."""
-        counts: list[tuple[int, int]] = []
-        for resident, count, skipped in parts:
-            counts += [(BASE_SLOT, skipped), (resident.slot, count - skipped)]
-        self.plan = LoraPlan.build(slots, counts)
+        self.plan = plan
         self._parts = parts
         self._leading = leading
         self._extras: dict[str, tuple[tuple[int, int, Extras], ...]] | None = None
+
+    @classmethod
+    def of(cls, slots: SlotTable, parts: Sequence[tuple[Resident, int, int]], leading: int) -> Owners:
+        """With the plan that the parts make."""
+        counts: list[tuple[int, int]] = []
+        for resident, count, skipped in parts:
+            counts += [(BASE_SLOT, skipped), (resident.slot, count - skipped)]
+        return cls(LoraPlan.build(slots, counts), parts, leading)
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
         """A view of x as [rows, ...]."""
@@ -176,10 +205,13 @@ class Owners:
 class Step:
     """What the wrapped modules need while one batch runs: who owns which rows, and the shrink a group shares."""
 
+    is_static = False  # whether what runs is captured, to be run again with other content of the same tensors
+
     def __init__(self, batch: Batch, slots: SlotTable, backend: GroupedLora) -> None:
         self.batch = batch
         self.backend = backend
         self.attention_modules: set[int] = set()  # ids of the attention modules that called us, for the probe
+        self.attention_cache: dict[Any, Any] = {}  # what attention derives once for all layers
         self._slots = slots
         self._owners: dict[tuple[str, int], Owners] = {}
         self._shrunk: tuple[int, torch.Tensor, Any] | None = None
@@ -199,7 +231,7 @@ class Step:
             length = self.batch.padded_length
             counts = self.batch.lengths if length is None else (length,) * len(self.batch.rows)
             parts = [(row.resident, n, _inactive(row)) for row, n in zip(self.batch.rows, counts, strict=True)]
-            self._owners[key] = Owners(self._slots, parts, leading=2)
+            self._owners[key] = Owners.of(self._slots, parts, leading=2)
         return self._owners[key]
 
     def sequences(self, rows_per_sequence: int) -> Owners:
@@ -214,7 +246,7 @@ class Step:
                 (row.resident, rows_per_sequence, rows_per_sequence * inactive)
                 for row, inactive in zip(self.batch.rows, never, strict=True)
             ]
-            self._owners[key] = Owners(self._slots, parts, leading=1)
+            self._owners[key] = Owners.of(self._slots, parts, leading=1)
         return self._owners[key]
 
     def _shared(self, num_rows: int) -> Owners:
@@ -223,7 +255,7 @@ class Step:
         if key not in self._owners:
             first = self.batch.rows[0].resident
             sole = first if all(row.resident is first for row in self.batch.rows) else NO_ADAPTER
-            self._owners[key] = Owners(self._slots, [(sole, num_rows, 0)], leading=1)
+            self._owners[key] = Owners.of(self._slots, [(sole, num_rows, 0)], leading=1)
         return self._owners[key]
 
     def shrink(self, x: torch.Tensor, group: SiteGroup, plan: LoraPlan) -> Any:

@@ -104,7 +104,7 @@ class Engine(AdapterCalls):
         self._loader = AdapterLoader(
             base,
             fetcher or LocalFolders(),
-            arena.num_bytes,
+            arena.num_fp32_bytes,
             settings.num_loader_threads,
             self._from_loader,
             is_busy=lambda: not self._idle,

@@ -6,12 +6,10 @@ import itertools
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-
-import torch
 
 from lora_runtime.adapters.loader import Fetching
 from lora_runtime.answers.spans import Span, best_spans, supports_no_answer
@@ -19,11 +17,17 @@ from lora_runtime.answers.token_classes import SubwordStrategy, TokenLabel, Toke
 from lora_runtime.answers.vectors import unit_length
 from lora_runtime.arena import RankArena, SlotTable
 from lora_runtime.engine import Engine, EngineSettings
-from lora_runtime.errors import BaseModelUnsupported, InvalidRequest
-from lora_runtime.kernels.grouped_lora.registry import BackendResources, choose_backend
+from lora_runtime.errors import InvalidRequest
+from lora_runtime.kernels.grouped_lora import GroupedLora
+from lora_runtime.kernels.grouped_lora.registry import BackendResources, backend_for_base
+from lora_runtime.kernels.grouped_lora.triton_backend.capturable import CapturableLora
+from lora_runtime.model.base import BaseModel, PackedBackbone
+from lora_runtime.model.capture import CudaCapture
 from lora_runtime.model.encoder_text import TextEncoder
 from lora_runtime.model.encoders import Encoders
+from lora_runtime.model.graphs import GraphedBackbone, GraphSettings
 from lora_runtime.model.load import load_base
+from lora_runtime.model.placement import Placement, resolve_placement
 from lora_runtime.model.runner import PackedRunner
 from lora_runtime.types import (
     DEFAULT_TENANT,
@@ -36,6 +40,7 @@ from lora_runtime.types import (
     Pooling,
     Request,
     Result,
+    RunnerStats,
     SpanLogits,
     Task,
     Timings,
@@ -58,7 +63,10 @@ class RuntimeSettings:
     max_batch_sequences: int = 256
     num_loader_threads: int = 1
     num_threads: int | None = None  # torch's intra-op threads; None leaves torch's choice
-    dtype: str = "float32"
+    device: str = "cpu"  # cpu, cuda or cuda:N
+    dtype: str = "float32"  # of the base, its adapters and activations: float32, bfloat16 or float16
+    graph_bytes: int = 1 << 30  # device memory that captured forward passes may take; 0 has every step run eagerly
+    host_bytes: int = 1 << 30  # page-locked memory for adapters beside those on an accelerator; none is used on the CPU
     backend: str | None = None  # of the low-rank deltas, by its name in the registry; None: the device's default
     prepack: bool = True  # keep reordered copies of the base's projections: faster, and as much memory again
     quantize: str = "none"  # the base's projections: a `Quantization`; has them not prepacked
@@ -81,20 +89,27 @@ class Runtime:
     ) -> None:
         """Load the base; raises BaseModelUnsupported. Without a `fetcher` adapters come from local folders alone."""
         settings = settings or RuntimeSettings()
-        if settings.dtype != "float32":
-            raise BaseModelUnsupported(f"dtype {settings.dtype!r} is not served; float32 is", dtype=settings.dtype)
+        placement = resolve_placement(settings.device, settings.dtype)
+        backend = backend_for_base(placement.device, placement.dtype, settings.backend)
         # In a thread that ends: its team of OpenMP threads ends with it, so the engine's is the only one.
         with ThreadPoolExecutor(1, thread_name_prefix="multilora-base") as loading:
-            model = loading.submit(load_base, base, prepack=settings.prepack, quantize=settings.quantize).result()
-        backend = choose_backend("cpu", torch.float32, settings.backend)
+            model = loading.submit(
+                load_base,
+                base,
+                prepack=settings.prepack,
+                quantize=settings.quantize,
+                device=settings.device,
+                dtype=settings.dtype,
+            ).result()
         logger.info("base %s: low-rank deltas by the %s backend", model.spec.name, backend.name)
         stack_bytes = settings.arena_bytes // _STACKS_SHARE if backend.makes_stacks else 0
-        arena = RankArena(settings.arena_bytes - stack_bytes, torch.float32)
+        arena = RankArena(settings.arena_bytes - stack_bytes, placement.dtype, placement.device)
         slots = SlotTable(len(model.spec.sites), model.spec.groups, a_layout=backend.a_layout)
-        resources = BackendResources(arena, slots, torch.float32, stack_bytes)
+        resources = BackendResources(arena, slots, placement.dtype, stack_bytes)
         self.base_name = model.spec.name
         self.encoders = Encoders(TextEncoder(model.tokenizer, model.spec.max_length))
-        self.runner = PackedRunner(model, slots, backend.make(resources))
+        lora = backend.make(resources)
+        self.runner = PackedRunner(_with_graphs(model, slots, lora, settings), slots, lora)
         self.engine = Engine(
             model.spec,
             self.runner,
@@ -106,6 +121,7 @@ class Runtime:
                 settings.num_loader_threads,
                 settings.num_threads,
             ),
+            host=_host_tier(settings, placement),
             fetcher=fetcher,
         )
         self.engine.start()
@@ -123,6 +139,17 @@ class Runtime:
         if known is None or known.state is not AdapterState.FAILED or known.path != folder:
             self.engine.register(adapter, folder).result()
         return self.engine.load(adapter).result()
+
+    def warm_up(self) -> None:
+        """Compile the kernels and capture the graphs that steps will need, for the adapters that are READY by now.
+
+        It takes seconds, in which nobody is answered. What is loaded later takes the graphs that suit it.
+        """
+        self.engine.call(self.runner.warm_up)
+
+    def stats(self) -> RunnerStats:
+        """What the runner did so far."""
+        return self.runner.stats()
 
     def unload(self, adapter: str) -> Unloaded:
         """Free an adapter's memory; it stays registered."""
@@ -256,6 +283,28 @@ class Runtime:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _with_graphs(model: BaseModel, slots: SlotTable, lora: GroupedLora, settings: RuntimeSettings) -> BaseModel:
+    """The base with its forward captured, on CUDA and where base and backend allow it; else as it is."""
+    device = model.placement.device
+    if device.type != "cuda" or not settings.graph_bytes:
+        return model
+    if not isinstance(model.backbone, PackedBackbone) or not isinstance(lora, CapturableLora):
+        what = "it runs padded" if isinstance(lora, CapturableLora) else "the backend cannot be captured"
+        logger.warning("base %s: every step runs eagerly, without graphs: %s", model.spec.name, what)
+        return model
+    graphs = GraphSettings.usual(
+        settings.graph_bytes, settings.token_budget, settings.max_batch_sequences, model.spec.max_length
+    )
+    return replace(model, backbone=GraphedBackbone(model.backbone, lora, slots, CudaCapture(device), graphs))
+
+
+def _host_tier(settings: RuntimeSettings, placement: Placement) -> RankArena | None:
+    """Where images are written before they go to an accelerator; None where the arena itself is host memory."""
+    if placement.device.type == "cpu":
+        return None
+    return RankArena(settings.host_bytes, placement.dtype, pin_memory=True)
 
 
 def _pairs(texts: Sequence[object]) -> list[tuple[str, str | None]]:

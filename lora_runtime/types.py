@@ -367,6 +367,17 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
+class RunnerStats:
+    """What a runner did since it was made, for observers."""
+
+    num_compiled: int = 0  # kernels, in this process; 0 for backends that compile none
+    num_graphs: int = 0  # captured forward passes
+    graph_bytes: int = 0  # of device memory that they took
+    replayed_steps: int = 0
+    eager_steps: Mapping[str, int] = field(default_factory=dict[str, int])  # that had no graph, by reason
+
+
+@dataclass(frozen=True, slots=True)
 class BatchStats:
     """One engine step, for observers."""
 

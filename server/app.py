@@ -15,7 +15,7 @@ from grpc import aio
 from grpc_health.v1 import health
 from grpc_reflection.v1alpha import reflection
 
-from lora_runtime.types import AdapterInfo, AdapterState
+from lora_runtime.types import AdapterInfo, AdapterState, RunnerStats
 from server.admission import Admission
 from server.backend import Backend, BackendSlot, completion
 from server.control.events import EventLog, EventObserver
@@ -36,6 +36,7 @@ from server.rpc.health import Health
 from server.rpc.inference import InferenceService
 from server.rpc.interceptors import RpcInterceptor
 from server.rpc.usage import UsageService
+from server.runner_metrics import RunnerMetrics
 from server.settings import MIB, ServeSettings, is_loopback
 from server.startup import BackendFactory, Prepared, StartupError, load_runtime
 from server.tenancy.setup import Tenancy
@@ -69,6 +70,7 @@ class App:
         self._loading: Future[Prepared] | None = None
         self._metrics = ServerMetrics()
         self._events = EventLog()
+        RunnerMetrics(self._metrics.registry, self._runner_stats)
         self._tenancy = Tenancy(settings, self._metrics)
         self._control = Control(settings, self._slot)
         self._watching: asyncio.Task[None] | None = None
@@ -154,6 +156,9 @@ class App:
             self._watching = asyncio.create_task(watcher.run(self._settings.watch_seconds))
         await self._health.serve()
         return True
+
+    def _runner_stats(self) -> RunnerStats:
+        return RunnerStats() if self._backend is None else self._backend.stats()
 
     async def close(self) -> None:
         """Report NOT_SERVING, give requests in flight `grace` seconds, then stop. Safe at any stage."""

@@ -18,7 +18,7 @@ from lora_runtime.catalogue import Catalogue
 from lora_runtime.errors import EngineStopped, MultiloraError
 from lora_runtime.observers import EngineObserver
 from lora_runtime.shares import Shares
-from lora_runtime.types import AdapterId, AdapterInfo, Alias, Request, Result, TokenSequence, Unloaded
+from lora_runtime.types import AdapterId, AdapterInfo, Alias, Request, Result, RunnerStats, TokenSequence, Unloaded
 
 if TYPE_CHECKING:  # brings torch and transformers
     from lora_runtime.model.encoder_text import TokenText, Window
@@ -114,6 +114,14 @@ class Backend(Protocol):
 
     @property
     def base_name(self) -> str: ...
+
+    def warm_up(self) -> None:
+        """Compile and capture what steps need for the adapters that are READY; blocks."""
+        ...
+
+    def stats(self) -> RunnerStats:
+        """What the runner did so far; from any thread."""
+        ...
 
     def close(self, drain_seconds: float = 10.0) -> None: ...
 

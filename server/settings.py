@@ -76,8 +76,21 @@ class ServeSettings(BaseModel):
     threads: _Count | None = Field(
         None, description="Threads of one forward pass. Default: as many as torch finds cores."
     )
+    device: str = Field("cpu", min_length=1, description="Where the base computes: cpu, cuda or cuda:N.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="Of the base, its adapters and activations; a CPU serves float32."
+    )
+    lora_backend: str | None = Field(
+        None, description="Kernels of the low-rank deltas, by name. Default: the device's fastest."
+    )
+    graph_mib: Annotated[int, Field(ge=0)] = Field(
+        1024, description="MiB of device memory for CUDA graphs; 0: every step runs eagerly. For CUDA."
+    )
+    host_mib: _Count = Field(
+        1024, description="MiB of page-locked host memory for adapters beside those on the device. For CUDA."
+    )
     prepack: bool = Field(
-        True, description="Keep reordered copies of the base's weights: faster, and as much memory again."
+        True, description="On a CPU, keep reordered copies of the base's weights: faster, and twice the memory."
     )
     quantize: Literal["none", "int8", "8bit", "4bit"] = Field(
         "none",

@@ -47,6 +47,11 @@ def load_runtime(settings: ServeSettings, fetcher: Fetcher) -> Backend:
             max_batch_sequences=settings.max_batch_sequences,
             num_loader_threads=settings.loader_threads,
             num_threads=settings.threads,
+            device=settings.device,
+            dtype=settings.dtype,
+            backend=settings.lora_backend,
+            graph_bytes=settings.graph_mib * MIB,
+            host_bytes=settings.host_mib * MIB,
             prepack=settings.prepack,
             quantize=settings.quantize,
         ),
@@ -70,7 +75,7 @@ def prepare_backend(
     store: StateStore,
     places: Places,
 ) -> Prepared:
-    """A backend with everything listed that is under the root or was kept, and the preloads resident."""
+    """A backend with everything listed that is under the root or was kept, the preloads resident, kernels warm."""
     scan = _scan(settings.adapters)
     try:
         backend = factory(settings, fetcher)
@@ -83,6 +88,7 @@ def prepare_backend(
         _restore(backend.engine, store)
         _wait_for_examination(backend.engine)
         preload(backend.engine, settings.preload)
+        backend.warm_up()
     except BaseException:
         backend.close(0.0)
         raise

@@ -20,8 +20,10 @@ from lora_runtime.adapters.checkpoint import Checkpoint, SiteWeights
 from lora_runtime.adapters.extras import IntArray, ModuleExtras
 from lora_runtime.adapters.header import Array
 from lora_runtime.arena import ALayout, SitePlacement, align
+from lora_runtime.errors import AdapterRejected
 from lora_runtime.types import SiteGroup
 
+_PIECE = 1 << 18  # elements rounded at a time
 Place = tuple[int, tuple[int, ...]]  # (offset, shape)
 
 
@@ -91,8 +93,45 @@ def _place_all(arrays: dict[str, Array], cursor: int) -> tuple[dict[str, Place],
 
 
 def write_image(checkpoint: Checkpoint, layout: ImageLayout, run: torch.Tensor) -> None:
-    """Copy a checkpoint into `run`, float32 on the host, [num_elements] or longer; without an operation of torch."""
-    target = run.numpy()
+    """Copy a checkpoint into `run`, on the host, [num_elements] or longer; without an operation of torch.
+
+    A run in float16 or bfloat16 gets the values rounded to the nearest. Raises AdapterRejected for a value that is
+    beyond the range of the run's dtype.
+    """
+    if run.dtype is torch.float32:
+        _write_image(checkpoint, layout, run.numpy())
+        return
+    exact = np.zeros(layout.num_elements, dtype=np.float32)
+    _write_image(checkpoint, layout, exact)
+    stored = run[: layout.num_elements].view(torch.int16).numpy()
+    for start in range(0, len(exact), _PIECE):  # the rounding takes several times its input in memory
+        piece = slice(start, start + _PIECE)
+        stored[piece] = to_half(exact[piece], run.dtype)
+
+
+def to_half(values: Array, dtype: torch.dtype) -> np.ndarray:
+    """The bits, int16, of float32 values rounded to the nearest `dtype`, ties to even; values that are not finite stay
+    so. Raises AdapterRejected for finite ones beyond its range.
+    """
+    assert dtype in (torch.float16, torch.bfloat16), f"{dtype} is no half precision"
+    finite = np.isfinite(values)
+    if dtype is torch.float16:
+        with np.errstate(over="ignore"):
+            half = values.astype(np.float16)
+        bits, fits = half.view(np.int16), np.isfinite(half)
+    else:
+        wide = np.ascontiguousarray(values).view(np.uint32)
+        rounded = (wide + (0x7FFF + ((wide >> 16) & 1))) >> 16
+        bits = np.where(finite, rounded, (wide >> 16) | np.isnan(values)).astype(np.uint16).view(np.int16)
+        fits = (bits & 0x7F80) != 0x7F80
+    if not (fits | ~finite).all():
+        largest = float(np.abs(values[finite]).max())
+        message = f"a value of {largest:.3g} is beyond {str(dtype).removeprefix('torch.')}; serve with dtype float32"
+        raise AdapterRejected("VALUE_OUT_OF_RANGE", "weights", message)
+    return bits
+
+
+def _write_image(checkpoint: Checkpoint, layout: ImageLayout, target: Array) -> None:
     weights = {w.site.index: w for w in checkpoint.sites}
     group_rank = Counter[int]()
     for w in checkpoint.sites:

@@ -13,8 +13,10 @@ def copy_image(image: torch.Tensor, run: torch.Tensor) -> None:
 
     To an accelerator on a stream of its own, in pieces, so that decoding steps are not stalled behind a large image.
     """
+    assert image.dtype is run.dtype, f"an image in {image.dtype} is not one in {run.dtype}"
     if run.device.type == "cpu":  # without an operation of torch, see checkpoint.py
-        np.copyto(run.numpy()[: image.numel()], image.numpy())
+        bits = torch.int16 if run.itemsize == 2 else run.dtype  # numpy knows no bfloat16
+        np.copyto(run.view(bits).numpy()[: image.numel()], image.view(bits).numpy())
         return
     stream = torch.cuda.Stream(run.device)
     with torch.cuda.stream(stream):

@@ -22,7 +22,7 @@ class PooledHead:
         """A pooled head has no layers to adapt."""
 
     def run(self, step: Step, hidden: torch.Tensor) -> list[torch.Tensor]:
-        """hidden [T, d] of the step's batch → [d] per row."""
+        """hidden [T, d] of the step's batch → [d] per row; means are summed in fp32."""
         ends = step.batch.cu_seqlens.long()
         lengths = ends[1:] - ends[:-1]
         pooled: dict[Pooling, torch.Tensor] = {}  # [N, d] each, as they are asked for
@@ -41,7 +41,7 @@ class PooledHead:
     ) -> torch.Tensor:
         if pooling not in pooled:
             if pooling is Pooling.MEAN:
-                pooled[pooling] = torch.segment_reduce(hidden, "mean", lengths=lengths, axis=0)
+                pooled[pooling] = torch.segment_reduce(hidden.float(), "mean", lengths=lengths, axis=0, unsafe=True)
             else:
                 pooled[pooling] = hidden.index_select(0, ends[:-1] if pooling is Pooling.CLS else ends[1:] - 1)
         return pooled[pooling]

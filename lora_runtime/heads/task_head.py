@@ -79,6 +79,11 @@ class TaskHead:
                 self._layers[site.name].set_site(site, groups[site.group])
 
     @property
+    def module(self) -> nn.Module:
+        """The task class, with what it has of the base's own layers."""
+        return self._model
+
+    @property
     def pads(self) -> bool:
         """Whether `run` pads every row to the longest, so that one long row among short ones would be dear."""
         return not (self._first_token_only or self.spec.task is Task.GENERATE)
@@ -122,16 +127,15 @@ class TaskHead:
 
     def _pad(self, batch: Batch, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(input_ids, attention_mask, hidden) padded on the right to [N, L] and [N, L, d]."""
-        starts = batch.cu_seqlens[:-1].long()[:, None]
-        counts = torch.tensor(batch.lengths, device=hidden.device)[:, None]
+        ends = batch.cu_seqlens.long()
+        starts, counts, longest = ends[:-1, None], ends.diff()[:, None], batch.max_length
         if self.spec.task is Task.GENERATE:  # what follows is read from the last token
-            starts, counts = starts + counts - 1, torch.ones_like(counts)
-        width = 1 if self._first_token_only else int(counts.max())
+            starts, counts, longest = starts + counts - 1, torch.ones_like(counts), 1
+        width = 1 if self._first_token_only else longest
         steps = torch.arange(width, device=hidden.device)[None, :]
         index = (starts + torch.minimum(steps, counts - 1)).view(-1)
         mask = (steps < counts).long()
-        pads = torch.tensor([_pad_id(row) for row in batch.rows], device=hidden.device)[:, None]
-        real = (batch.input_ids[index].view(mask.shape) != pads) & (mask == 1)
+        real = (batch.input_ids[index].view(mask.shape) != batch.pad_ids[:, None]) & (mask == 1)
         return torch.where(real, REAL, PAD), mask, hidden.index_select(0, index).view(*mask.shape, -1)
 
 
@@ -140,11 +144,6 @@ def head_logits(output: Any) -> torch.Tensor:
     if "start_logits" in output:
         return torch.stack((output.start_logits, output.end_logits), dim=-1)
     return output.logits
-
-
-def _pad_id(row: Row) -> int:
-    pad = row.resident.card.pad_token_id
-    return -1 if pad is None else pad
 
 
 def _head_spec(task: Task, model: nn.Module, prefix: str, leaves: dict[str, nn.Module], missing: set[str]) -> HeadSpec:

@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface
 
-from lora_runtime.batch import EqualRun, require_step
+from lora_runtime.batch import require_step
 from lora_runtime.errors import BaseModelUnsupported
+from lora_runtime.model.varlen import Masking, attend, choose_attention
 
 PACKED_ATTENTION = "multilora_packed"
 
@@ -49,43 +49,11 @@ def packed_attention(
     step = require_step()
     step.attention_modules.add(id(module))
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
-    out = query.new_empty(query.shape[2], query.shape[1], value.shape[3])  # [T, H, D]
-    for run in step.batch.equal_runs:
-        rows = slice(run.start, run.start + run.count * run.length)
-        q, k, v = (_sequences(t, rows, run) for t in (query, key, value))
-        mask = _window_mask(run.length, sliding_window, causal, q.device)
-        attended = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=causal and mask is None,
-            scale=scaling,
-            enable_gqa=k.shape[1] != q.shape[1],
-        )  # [count, H, length, D]
-        out[rows].view(run.count, run.length, *out.shape[1:]).copy_(attended.transpose(1, 2))
-    return out.unsqueeze(0), None
-
-
-def _sequences(packed: torch.Tensor, rows: slice, run: EqualRun) -> torch.Tensor:
-    """[1, H, T, D] → [count, H, length, D], a view."""
-    _, heads, _, width = packed.shape
-    return (
-        packed[0, :, rows]
-        .unflatten(1, (run.count, run.length))
-        .transpose(0, 1)
-        .view(run.count, heads, run.length, width)
-    )
-
-
-def _window_mask(length: int, window: int | None, causal: bool, device: torch.device) -> torch.Tensor | None:
-    """[length, length], True where attention is allowed; None when the window covers the sequence."""
-    if window is None or window >= length:
-        return None
-    steps = torch.arange(length, device=device)
-    distance = steps[:, None] - steps[None, :]
-    near = distance.abs() < window
-    return near & (distance >= 0) if causal else near
+    widths = "kind", query.shape[-1], value.shape[-1]
+    if widths not in step.attention_cache:  # once per batch, or per kind of layer where those differ
+        step.attention_cache[widths] = choose_attention(query, value, is_static=step.is_static)
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [T, H, D], views
+    return attend(step.attention_cache[widths], q, k, v, step, Masking(causal, sliding_window, scaling))[None], None
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)

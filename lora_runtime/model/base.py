@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_runtime.adapters.base_spec import BaseSpec
 from lora_runtime.batch import Batch, Resident, Row, Step, current_step
 from lora_runtime.heads import PooledHead, TaskHead
+from lora_runtime.model.placement import CPU, PROVED, Placement
 from lora_runtime.types import Task
 
 MakeStep = Callable[[Batch], Step]
@@ -45,26 +46,18 @@ class ForwardInputs:
     takes_positions: bool
     takes_cache: bool  # a decoder, which would otherwise keep keys and values
     padding_idx: int | None
+    device: torch.device = CPU
 
     def arguments(self, batch: Batch) -> dict[str, torch.Tensor | bool]:
         """Keyword arguments of packed tokens, [1, T] each."""
         inputs: dict[str, torch.Tensor | bool] = {"input_ids": batch.input_ids[None]}
         if self.takes_positions:
-            inputs["position_ids"] = self._positions(batch)[None]
+            inputs["position_ids"] = batch.position_ids[None]
         if self.takes_token_types:
             inputs["token_type_ids"] = batch.token_type_ids[None]
         if self.takes_cache:
             inputs["use_cache"] = False
         return inputs
-
-    def _positions(self, batch: Batch) -> torch.Tensor:
-        if self.padding_idx is None:
-            return batch.position_ids
-        counted = batch.input_ids != self.padding_idx
-        total = counted.cumsum(0)
-        starts = batch.cu_seqlens[:-1].long()
-        before = (total[starts] - counted[starts].long()).repeat_interleave(torch.tensor(batch.lengths))
-        return torch.where(counted, total - before + self.padding_idx, self.padding_idx)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +68,8 @@ class PackedBackbone:
 
     def hidden(self, rows: Sequence[Row], make_step: MakeStep) -> torch.Tensor:
         """[T, d]."""
-        batch = Batch.pack(rows)
-        return _run(self.inputs.module, self.inputs.arguments(batch), make_step(batch))[0]
+        batch = Batch.pack(rows, self.inputs.device, padding_idx=self.inputs.padding_idx)
+        return run_backbone(self.inputs.module, self.inputs.arguments(batch), make_step(batch))[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +87,17 @@ class PaddedBackbone:
         """[T, d]."""
         found: list[torch.Tensor] = [torch.empty(0)] * len(rows)
         for chosen in like_lengths(rows):
-            batch = Batch.pack([rows[i] for i in chosen], padded=True)
-            padded = _run(self.inputs.module, self._arguments(batch), make_step(batch))  # [N, L, d]
+            own, padding_idx = [rows[i] for i in chosen], self.inputs.padding_idx
+            batch = Batch.pack(own, self.inputs.device, padded=True, padding_idx=padding_idx)
+            padded = run_backbone(self.inputs.module, self._arguments(batch), make_step(batch))  # [N, L, d]
             for place, i in enumerate(chosen):
                 found[i] = padded[place, : batch.lengths[place]]
         return torch.cat(found)
 
     def _arguments(self, batch: Batch) -> dict[str, torch.Tensor | bool]:
         assert batch.padded_length is not None
-        counts = torch.tensor(batch.lengths)[:, None]
-        real = torch.arange(batch.padded_length)[None, :] < counts
+        counts = batch.cu_seqlens.diff()[:, None]
+        real = torch.arange(batch.padded_length, device=counts.device)[None, :] < counts
         packed = self.inputs.arguments(batch)
         padded: dict[str, torch.Tensor | bool] = {"attention_mask": real.long()}
         for name, value in packed.items():
@@ -116,7 +110,8 @@ class PaddedBackbone:
         return padded
 
 
-def _run(module: nn.Module, arguments: dict[str, Any], step: Step) -> torch.Tensor:
+def run_backbone(module: nn.Module, arguments: dict[str, Any], step: Step) -> torch.Tensor:
+    """The hidden states of a backbone within `step`, [1, T, d] or [N, L, d]."""
     token = current_step.set(step)
     try:
         return module(**arguments).last_hidden_state
@@ -154,3 +149,4 @@ class BaseModel:
     backbone: Backbone
     heads: dict[Task, TaskHead | PooledHead]
     tokenizer: PreTrainedTokenizerBase
+    placement: Placement = PROVED

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,15 @@ from lora_runtime.errors import BaseModelUnsupported
 from lora_runtime.heads import PooledHead, TaskHead
 from lora_runtime.heads.sequence_leaf import is_leaf
 from lora_runtime.heads.task_head import PROBE_LABELS
-from lora_runtime.model.base import Backbone, BaseModel, PackedBackbone
+from lora_runtime.model.base import Backbone, BaseModel, PackedBackbone, PaddedBackbone
+from lora_runtime.model.fuse import fuse_linears, unfuse_linears
 from lora_runtime.model.inject import make_leaves, make_sites, shared_modules, wrap_leaves
 from lora_runtime.model.observe import PROBE_BATCH, PROBE_TOKENS, Observed, observe
+from lora_runtime.model.placement import Placement, place_modules, resolve_placement
 from lora_runtime.model.prepack import prepack_linears
 from lora_runtime.model.probe import (
     SeparateOutputs,
+    check_moved,
     num_positions,
     prove_backbone,
     prove_head,
@@ -70,19 +74,28 @@ class _Looked:
     word_embedding: str
 
 
-def load_base(name_or_path: str | Path, *, prepack: bool = True, quantize: str = "none") -> BaseModel:
-    """Load an encoder or a decoder by hub name or folder, in fp32 on the CPU.
+def load_base(
+    name_or_path: str | Path,
+    *,
+    prepack: bool = True,
+    quantize: str = "none",
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> BaseModel:
+    """Load an encoder or a decoder by hub name or folder, prove it in fp32 on the CPU, and move it to its place.
 
-    `prepack`: keep reordered copies of its projections, which are faster and take as much memory again.
-    `quantize`: one of `Quantization`; quantised projections are not prepacked. The base is proved before it is
-    quantised.
+    `prepack`: keep reordered copies of its projections, which are faster and take as much memory again; for fp32 on
+    the CPU alone. `quantize`: one of `Quantization`; quantised projections are not prepacked. The base is proved before
+    it is quantised. `device`: cpu, cuda or cuda:N. `dtype`: float32, bfloat16 or float16.
 
-    Raises BaseModelUnsupported when it cannot be loaded, or when sequences run together are not exact. A task whose
-    head is not exact is left out, with the reason in `BaseSpec.unserved`.
+    Raises BaseModelUnsupported when it cannot be loaded, when sequences run together are not exact, or when the device
+    is not to be had. A task whose head is not exact is left out, with the reason in `BaseSpec.unserved`.
     """
     name = Path(name_or_path).resolve().name if Path(name_or_path).exists() else str(name_or_path)
+    placement = resolve_placement(device, dtype)
+    quantization = check_quantization(quantize, placement.device, placement.dtype)
     try:
-        return _load(name_or_path, name, prepack, quantize)
+        return _load(name_or_path, name, prepack and placement.is_proved, quantization, placement)
     except BaseModelUnsupported:
         raise
     except Exception as error:  # the code of some two hundred architectures, not made for what is asked of it here
@@ -90,8 +103,9 @@ def load_base(name_or_path: str | Path, *, prepack: bool = True, quantize: str =
         raise BaseModelUnsupported(message, base=name) from error
 
 
-def _load(name_or_path: str | Path, name: str, prepack: bool, quantize: str) -> BaseModel:
-    quantization = check_quantization(quantize, torch.device("cpu"))
+def _load(
+    name_or_path: str | Path, name: str, prepack: bool, quantization: Quantization, placement: Placement
+) -> BaseModel:
     primary, absent, tokenizer = _from_pretrained(name_or_path, name)
     looked = _look(primary, absent)
     heads = _make_heads(looked)
@@ -108,10 +122,18 @@ def _load(name_or_path: str | Path, name: str, prepack: bool, quantize: str) -> 
     _prove_heads(heads, looked, groups, name)
     pooled = PooledHead(Pooling.LAST if looked.decoder else Pooling.MEAN)
     all_heads: dict[Task, TaskHead | PooledHead] = {**heads, Task.EMBED: pooled}
+    spec = _make_spec(name, looked, backbone, all_heads, linears, sites, groups, tokenizer)  # of the host's weights
+    if not placement.is_proved:
+        place_modules([looked.backbone, *(head.module for head in heads.values())], placement)
+        backbone = replace(backbone, inputs=replace(backbone.inputs, device=placement.device))
+        check = partial(check_moved, backbone, groups, looked.expected, placement, name)
+        fuse = quantization is Quantization.NONE and placement.device.type == "cuda"
+        _check_placed(check, looked.backbone, fuse=fuse)
     if quantization is not Quantization.NONE:
-        looked = replace(looked, parameters=quantize_linears(looked.backbone, quantization, looked.parameters))
-    spec = _make_spec(name, looked, backbone, all_heads, linears, sites, groups, tokenizer)
-    return BaseModel(spec, backbone, all_heads, tokenizer)
+        outside = {path: value for path, value in spec.parameters.items() if path not in looked.parameters}
+        quantized = quantize_linears(looked.backbone, quantization, looked.parameters)
+        spec = replace(spec, parameters=quantized | outside)
+    return BaseModel(spec, backbone, all_heads, tokenizer, placement)
 
 
 def _prepack(backbone: nn.Module) -> int:
@@ -124,6 +146,19 @@ def _prepack(backbone: nn.Module) -> int:
             logger.debug("projections are multiplied one by one: %s", error)
             num_bytes = prepack_linears(backbone, together=False)
     return num_bytes
+
+
+def _check_placed(check: Callable[[], None], backbone: nn.Module, *, fuse: bool) -> None:
+    """Check a base at its place; with projections of a group as one product, unless it cannot take their slices."""
+    fused = fuse_linears(backbone) if fuse else []
+    try:
+        check()
+    except RuntimeError as error:
+        if not fused:
+            raise
+        logger.debug("projections are multiplied one by one: %s", error)
+        unfuse_linears(fused)
+        check()
 
 
 def is_decoder(config: Any) -> bool:
@@ -231,7 +266,7 @@ def _prove_heads(heads: dict[Task, TaskHead], looked: _Looked, groups: tuple[Sit
 def _make_spec(
     name: str,
     looked: _Looked,
-    backbone: Backbone,
+    backbone: PackedBackbone | PaddedBackbone,
     heads: dict[Task, TaskHead | PooledHead],
     linears: dict[str, nn.Module],
     sites: tuple[Site, ...],

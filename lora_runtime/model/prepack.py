@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -44,7 +44,8 @@ def prepack_linears(backbone: nn.Module, *, together: bool = True) -> int:
     """
     num_bytes = 0
     refused: list[str] = []
-    for members in _members(backbone, together=together):
+    able = [m for m in backbone.modules() if isinstance(m, LoraLinear) and _weight(m.base) is not None]
+    for members in members_of_groups(able, together=together):
         linears = [module.base for module in members]
         product = _prepacked(linears)
         if product is None and len(members) > 1:
@@ -52,17 +53,16 @@ def prepack_linears(backbone: nn.Module, *, together: bool = True) -> int:
         elif product is None:
             refused.append(members[0].path)
         else:
-            _hand_out(product, members)
+            hand_out(product, members)
         num_bytes += sum(4 * m.site.d_in * m.site.d_out for m in members if m.prepacked is not None)
     if refused:
         _log.warning("%d projections are not prepacked and may be slower: %s …", len(refused), refused[0])
     return num_bytes
 
 
-def _members(backbone: nn.Module, *, together: bool) -> list[list[LoraLinear]]:
-    """The projections that can be prepacked, those of one group beside each other where all of it can be."""
+def members_of_groups(able: Sequence[LoraLinear], *, together: bool = True) -> list[list[LoraLinear]]:
+    """These projections, those of one group beside each other where all of the group is among them."""
     found: dict[object, list[LoraLinear]] = {}
-    able = [m for m in backbone.modules() if isinstance(m, LoraLinear) and _weight(m.base) is not None]
     for module in able:
         found.setdefault(module.group.index if together else module, []).append(module)
     members: list[list[LoraLinear]] = []
@@ -92,7 +92,8 @@ class _Together:
         return part
 
 
-def _hand_out(product: Product, members: list[LoraLinear]) -> None:
+def hand_out(product: Product, members: list[LoraLinear]) -> None:
+    """Have each of them take its columns of x → the outputs of all, side by side."""
     if len(members) == 1:
         members[0].prepacked = product
         return

@@ -21,7 +21,8 @@ from lora_runtime.heads import TaskHead
 from lora_runtime.heads.task_head import head_logits
 from lora_runtime.kernels.grouped_lora.reference import ReferenceGroupedLora
 from lora_runtime.model.attention import PACKED_ATTENTION
-from lora_runtime.model.base import Backbone, ForwardInputs, PackedBackbone, PaddedBackbone
+from lora_runtime.model.base import ForwardInputs, PackedBackbone, PaddedBackbone
+from lora_runtime.model.placement import MOVED_TOLERANCES, Placement
 from lora_runtime.model.skeleton import Skeleton
 from lora_runtime.types import SiteGroup, Task, TokenSequence
 
@@ -59,7 +60,7 @@ def takes(module: nn.Module, argument: str) -> bool:
 
 def prove_backbone(
     backbone: nn.Module, config: Any, groups: tuple[SiteGroup, ...], expected: SeparateOutputs, name: str, *, pack: bool
-) -> Backbone:
+) -> PackedBackbone | PaddedBackbone:
     """Packed attention where it equals `expected`, else padding where that does; raises BaseModelUnsupported.
 
     `pack` False leaves out the attempt to pack.
@@ -76,7 +77,7 @@ def prove_backbone(
         backbone.set_attn_implementation(own_attention)  # pyright: ignore[reportCallIssue]
     pad_id = int(getattr(config, "pad_token_id", None) or 0)
 
-    def padded(inputs: ForwardInputs) -> Backbone:
+    def padded(inputs: ForwardInputs) -> PaddedBackbone:
         return PaddedBackbone(inputs, pad_id)
 
     if (found := _prove(backbone, config, groups, expected, padded, failures, count=False)) is not None:
@@ -93,11 +94,11 @@ def _prove(
     config: Any,
     groups: tuple[SiteGroup, ...],
     expected: SeparateOutputs,
-    make: Callable[[ForwardInputs], Backbone],
+    make: Callable[[ForwardInputs], PackedBackbone | PaddedBackbone],
     failures: list[str],
     *,
     count: bool,
-) -> Backbone | None:
+) -> PackedBackbone | PaddedBackbone | None:
     """The first way of counting positions that is exact; what was wrong with the others goes into `failures`."""
     rows = [Row(TokenSequence(ids, None)) for ids in expected.ids]
     for padding_idx in dict.fromkeys((None, getattr(config, "pad_token_id", None))):
@@ -122,6 +123,27 @@ def _prove(
             return candidate
         failures.append(f"{'packed' if count else 'padded'}: {error:.1e}")
     return None
+
+
+def check_moved(
+    backbone: PackedBackbone | PaddedBackbone,
+    groups: tuple[SiteGroup, ...],
+    expected: SeparateOutputs,
+    placement: Placement,
+    name: str,
+) -> None:
+    """Raise BaseModelUnsupported unless a proved backbone computes at its place what rounding there explains."""
+    rows = [Row(TokenSequence(ids, None)) for ids in expected.ids]
+    with torch.inference_mode():
+        found = backbone.hidden(rows, lambda batch: probe_step(batch, groups)).float().cpu()
+    want = torch.cat(expected.hidden)
+    error, limit = float((found - want).norm() / want.norm()), MOVED_TOLERANCES[placement.dtype]
+    if not error <= limit:
+        raise BaseModelUnsupported(
+            f"base {name}: in {placement.dtype} on {placement.device} it computes something else than in float32 on "
+            f"the CPU (relative error {error:.1e}, limit {limit}); use another dtype",
+            base=name,
+        )
 
 
 def _inputs(backbone: nn.Module, config: Any, padding_idx: int | None) -> ForwardInputs:

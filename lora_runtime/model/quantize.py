@@ -84,8 +84,9 @@ class QuantizedLinear(nn.Module):
         return y if bias is None else y.add_(bias)
 
 
-def check_quantization(value: str, device: torch.device) -> Quantization:
-    """The quantisation of that name; raises BaseModelUnsupported where it is unknown or cannot run on `device`."""
+def check_quantization(value: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Quantization:
+    """The quantisation of that name; raises BaseModelUnsupported where it is unknown or cannot run on `device`, or
+    beside activations of `dtype`."""
     if value not in list(Quantization):
         known = ", ".join(Quantization)
         raise BaseModelUnsupported(f"quantize {value!r} is not known; use one of {known}", quantize=value)
@@ -93,6 +94,9 @@ def check_quantization(value: str, device: torch.device) -> Quantization:
     if chosen is Quantization.INT8:
         if device.type != "cpu":
             raise BaseModelUnsupported(f"quantize int8 is for the CPU, not {device}; use 8bit or 4bit", quantize=value)
+        if dtype is not torch.float32:
+            message = f"quantize int8 multiplies activations in float32, not in {dtype}; use dtype float32"
+            raise BaseModelUnsupported(message, quantize=value)
         _check_int8_products()
     elif chosen is not Quantization.NONE:
         if device.type != "cuda":

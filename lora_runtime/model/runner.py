@@ -9,9 +9,10 @@ import torch
 
 from lora_runtime.arena import SlotTable
 from lora_runtime.batch import Batch, Row, Step
-from lora_runtime.kernels.grouped_lora import GroupedLora
+from lora_runtime.kernels.grouped_lora import CompilingLora, GroupedLora
 from lora_runtime.model.base import BaseModel, like_lengths
-from lora_runtime.types import Task
+from lora_runtime.model.graphs import Eager, GraphedBackbone
+from lora_runtime.types import RunnerStats, Task
 
 
 class Runner(Protocol):
@@ -40,7 +41,25 @@ class PackedRunner:
                 self._run_head(task, rows, hidden, outputs)
             for step in steps:
                 step.tokens.plan.check_current()  # no slot changed hands under the batch
-            return outputs
+            return _on_host(outputs)
+
+    def warm_up(self) -> None:
+        """Compile every kernel that a batch can need, and capture the graphs of the adapters that are READY now."""
+        with torch.inference_mode():
+            if isinstance(self._backend, CompilingLora):
+                self._backend.warm_up(self._slots.groups, (self._base.placement.dtype,))
+            if isinstance(self._base.backbone, GraphedBackbone):
+                self._base.backbone.capture()
+
+    def stats(self) -> RunnerStats:
+        """What it did so far; from any thread."""
+        compiled = self._backend.num_compiled if isinstance(self._backend, CompilingLora) else 0
+        backbone = self._base.backbone
+        if not isinstance(backbone, GraphedBackbone):
+            return RunnerStats(compiled)
+        graphs = backbone.stats
+        eager = {str(reason): graphs.eager[reason] for reason in Eager}
+        return RunnerStats(compiled, graphs.captured, graphs.num_bytes, graphs.replayed, eager)
 
     def hidden_states(self, rows: Sequence[Row], *, lora: bool = True) -> torch.Tensor:
         """Hidden states [T, d] of the rows, in order; `lora=False` runs the same batch on the base alone."""
@@ -65,6 +84,15 @@ class PackedRunner:
             members = [chosen[place] for place in batch]
             everything = members == list(range(len(rows)))
             states = hidden if everything else torch.cat([outputs[i] for i in members])
-            step = self._make_step(Batch.pack([rows[i] for i in members]))
+            step = self._make_step(Batch.pack([rows[i] for i in members], self._base.placement.device))
             for i, answer in zip(members, head.run(step, states), strict=True):
                 outputs[i] = answer
+
+
+def _on_host(outputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The same in fp32 on the host, by one copy."""
+    if all(output.device.type == "cpu" for output in outputs):
+        return [output.float() for output in outputs]
+    together = torch.cat([output.reshape(-1).float() for output in outputs]).cpu()
+    parts = together.split([output.numel() for output in outputs])
+    return [part.view(output.shape) for part, output in zip(parts, outputs, strict=True)]

@@ -68,7 +68,7 @@ def run_kernel_bench(
     torch.set_num_threads(bench.threads)
     load = os.getloadavg()[0]
     try:
-        machine = _machine(device)
+        machine = machine_of(device)
         chosen = {name: contender for name, contender in contenders.items() if name not in bench.without}
         with torch.inference_mode():
             done = [
@@ -186,7 +186,8 @@ def bandwidth(problem: Problem, seconds: Mapping[str, list[float]], available: f
     }
 
 
-def _machine(device: torch.device) -> dict[str, Any]:
+def machine_of(device: torch.device) -> dict[str, Any]:
+    """What the numbers were measured on, the accelerator too."""
     machine = describe_machine()
     machine["versions"] = {**_versions(machine), **{name: _version(name) for name in OPTIONAL_PACKAGES}}
     if device.type == "cuda":

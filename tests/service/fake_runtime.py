@@ -48,6 +48,7 @@ from lora_runtime.types import (
     ProblemType,
     Request,
     Result,
+    RunnerStats,
     SpanLogits,
     Task,
     Timings,
@@ -285,12 +286,20 @@ class FakeRuntime:
         self.engine = FakeEngine()
         self.base_name = "fake-base"
         self.closed = False
+        self.runner_stats = RunnerStats()
+        self.warmed_up_with: set[str] | None = None  # adapters that were READY then
         self.encoder_threads: set[str] = set()  # names of those that asked for an encoder
 
     def encoder_for(self, info: AdapterInfo) -> FakeEncoder:
         self.encoder_threads.add(threading.current_thread().name)
         self.tokenizer_gate.wait()
         return FakeEncoder(by_character=info.card is not None and info.card.tokenizer_sha256 is not None)
+
+    def warm_up(self) -> None:
+        self.warmed_up_with = {str(info.id) for info in self.engine.catalogue.all() if info.state is AdapterState.READY}
+
+    def stats(self) -> RunnerStats:
+        return self.runner_stats
 
     def close(self, drain_seconds: float = 10.0) -> None:
         del drain_seconds  # nothing is ever in flight for long

@@ -6,8 +6,10 @@ import re
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from lora_runtime.types import RunnerStats
 from server.metrics import SERIES
 from server.pb.multilora.v1 import adapters_pb2
+from server.runner_metrics import HELP as RUNNER_HELP
 from server.tenancy.usage_metrics import SERIES as TENANT_SERIES
 from tests.service.fake_runtime import RESIDENT_BYTES
 from tests.service.harness import Harness, classify_request, failure_of
@@ -56,12 +58,27 @@ async def test_every_series_is_declared_documented_and_well_named(server: Harnes
     text = await server.metrics()
     families = {family.name: family for family in text_string_to_metric_families(text)}
     ours = {name for name in families if name.startswith("multilora_")}
-    declared = {**SERIES, **TENANT_SERIES}
+    declared = {name: series.help for name, series in {**SERIES, **TENANT_SERIES}.items()} | RUNNER_HELP
     assert ours == {name.removesuffix("_total") for name in declared}
-    for name, series in declared.items():
+    for name, text_of_it in declared.items():
         assert re.fullmatch(r"multilora_[a-z_]+", name)
-        assert series.help.endswith(".")
-        assert families[name.removesuffix("_total")].documentation == series.help
+        assert text_of_it.endswith(".")
+        assert families[name.removesuffix("_total")].documentation == text_of_it
     assert "adapter=" not in text, "no series has a label per adapter"
     assert "_created" not in text
     assert "process_resident_memory_bytes" in text
+
+
+async def test_what_the_runner_did_is_read_at_each_scrape(server: Harness) -> None:
+    assert await server.sample("multilora_kernels_compiled_total") == 0
+    server.runtime.runner_stats = RunnerStats(7, 3, 4096, 12, {"size": 2, "extras": 0})
+    assert await server.sample("multilora_kernels_compiled_total") == 7
+    assert await server.sample("multilora_graphs") == 3
+    assert await server.sample("multilora_graph_bytes") == 4096
+    assert await server.sample("multilora_graph_steps_total") == 12
+    assert await server.sample('multilora_eager_steps_total{reason="size"}') == 2
+    assert await server.sample('multilora_eager_steps_total{reason="extras"}') == 0
+
+
+async def test_kernels_are_warm_before_the_server_says_that_it_serves(server: Harness) -> None:
+    assert server.runtime.warmed_up_with is not None

@@ -5,12 +5,17 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
+import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from lora_runtime import packing
 from lora_runtime.arena import RankArena, SlotTable
 from lora_runtime.batch import BASE_CARD, Batch, Extras, Resident, Row, Step
 from lora_runtime.kernels.grouped_lora.reference import ReferenceGroupedLora
 from lora_runtime.model.base import like_lengths
+from lora_runtime.packing import PAD_SEQUENCE, InputBuffer, PackedLayout
 from lora_runtime.types import TokenSequence
 from tests.fakes import WIDTH, fake_spec
 
@@ -99,3 +104,46 @@ def test_an_adapter_that_changes_what_sequences_share_gets_padded_batches_of_its
     rows = [Row(sequence(1, 2, 3), owner) for owner in (one, two, three, one)] + [Row(sequence(1, 2))]
     batches = [sorted(batch) for batch in like_lengths(rows)]
     assert sorted(batches) == [[0, 3], [1, 4], [2]]
+
+
+def test_the_integers_of_a_batch_are_one_buffer_that_is_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[torch.Tensor] = []
+    empty = torch.empty
+
+    def counted(*args: object, **kwargs: object) -> torch.Tensor:
+        made.append(empty(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(packing.torch, "empty", counted)
+    batch = Batch.pack([Row(sequence(5, 6, 7)), Row(sequence(8))])
+    monkeypatch.undo()
+    (buffer,) = made
+    parts = (batch.input_ids, batch.token_type_ids, batch.position_ids, batch.pad_ids, batch.cu_seqlens)
+    assert {part.untyped_storage().data_ptr() for part in parts} == {buffer.untyped_storage().data_ptr()}
+    assert [part.tolist() for part in parts] == [[5, 6, 7, 8], [0, 0, 0, 0], [0, 1, 2, 0], [-1, -1], [0, 3, 4]]
+
+
+def test_positions_count_as_the_roberta_family_does() -> None:
+    batch = Batch.pack([Row(sequence(5, 1, 7)), Row(sequence(1, 8))], padding_idx=1)
+    assert batch.position_ids.tolist() == [2, 1, 3, 1, 2]
+
+
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=6), st.integers(0, 200), st.sampled_from([None, 1]))
+def test_what_fills_a_buffer_up_belongs_to_nobody(lengths: list[int], spare: int, padding_idx: int | None) -> None:
+    rows = [Row(sequence(*range(3, 3 + n))) for n in lengths]
+    total = sum(lengths)
+    buffer = InputBuffer(PackedLayout(total + spare, len(rows) + 5), torch.device("cpu"))
+    buffer.buffer.fill_(-99)
+    plain = Batch.pack(rows, padding_idx=padding_idx)
+    filled = Batch.pack(rows, padding_idx=padding_idx, into=buffer)
+    assert filled.input_ids.data_ptr() == buffer.buffer.data_ptr()
+    assert filled.num_tokens == plain.num_tokens == total
+    for name in ("input_ids", "token_type_ids", "position_ids"):
+        assert torch.equal(getattr(filled, name)[:total], getattr(plain, name))
+    ends = filled.cu_seqlens.tolist()
+    assert ends[: len(rows) + 1] == plain.cu_seqlens.tolist()
+    assert ends[-1] == total + spare and ends == sorted(ends)
+    assert all(b - a <= PAD_SEQUENCE for a, b in itertools.pairwise(ends[len(rows) :]))
+    assert filled.input_ids[total:].eq(0).all() and filled.position_ids.ge(0).all()
+    assert not buffer.layout.holds(total + spare + 1, len(rows))
+    assert not buffer.layout.holds(total, len(rows) + 6)

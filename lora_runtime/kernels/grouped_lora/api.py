@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -82,6 +82,20 @@ class GroupedLora(Protocol):
 
     def expand(self, shrunk: Any, site: Site, plan: LoraPlan, out: torch.Tensor) -> None:
         """Add the deltas of one site into `out [num_rows, d_out]`, in place."""
+        ...
+
+
+@runtime_checkable
+class CompilingLora(GroupedLora, Protocol):
+    """A backend that compiles kernels for shapes as it meets them."""
+
+    @property
+    def num_compiled(self) -> int:
+        """Kernels compiled in this process."""
+        ...
+
+    def warm_up(self, groups: Iterable[SiteGroup], dtypes: Iterable[torch.dtype]) -> int:
+        """Compile all that these groups can ever need for activations of these dtypes; how many kernels that were."""
         ...
 
 

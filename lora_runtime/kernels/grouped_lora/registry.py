@@ -23,6 +23,7 @@ from lora_runtime.kernels.grouped_lora.reference import ReferenceGroupedLora
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 6e-4, torch.bfloat16: 4e-3}  # relative Frobenius, against fp64
 _ALL_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_FP32 = (torch.float32,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ class BackendSpec:
     dtypes: tuple[torch.dtype, ...]  # of the activations
     make: Callable[[BackendResources], GroupedLora]
     a_layout: ALayout = ALayout.RANK_COLUMNS  # of the images it reads; the slot table is made with it
+    arena_dtypes: tuple[torch.dtype, ...] = _ALL_FLOATS  # of the images it reads
     makes_stacks: bool = False  # takes `stack_bytes`
     is_built: Callable[[], bool] = lambda: True  # whether this build of torch has what it calls
     requires: str | None = None  # a package
@@ -95,8 +97,8 @@ BACKENDS = {
     spec.name: spec
     for spec in (
         BackendSpec("reference", (), (*_ALL_FLOATS, torch.float64), _make_reference),
-        BackendSpec("mkl", ("cpu",), _ALL_FLOATS, _make_mkl, is_built=_has_mkl),
-        BackendSpec("cpu", ("cpu",), (torch.float32,), _make_cpu, makes_stacks=True),
+        BackendSpec("mkl", ("cpu",), _ALL_FLOATS, _make_mkl, arena_dtypes=_FP32, is_built=_has_mkl),
+        BackendSpec("cpu", ("cpu",), _FP32, _make_cpu, arena_dtypes=_FP32, makes_stacks=True),
         BackendSpec(
             "triton",
             ("cuda",),
@@ -110,6 +112,20 @@ BACKENDS = {
 }
 _DEFAULTS = {"cpu": ("mkl", "cpu"), "cuda": ("triton",)}  # by device type, the first whose library torch has
 _NOT_INTERPRETED = "it runs on cuda, and on the CPU only to be tested, with TRITON_INTERPRET=1; choose the backend cpu"
+
+
+def backend_for_base(device: torch.device, dtype: torch.dtype, name: str | None = None) -> BackendSpec:
+    """As `choose_backend`, for a base and adapters that are all in `dtype`; raises BaseModelUnsupported."""
+    spec = choose_backend(device, dtype, name)
+    if dtype not in spec.arena_dtypes:
+        raise BaseModelUnsupported(
+            f"dtype {_name(dtype)} is not served on {device.type} by LoRA backend {spec.name!r}, whose adapters are in "
+            f"{_names(spec.arena_dtypes)}, which is also the faster one there; use dtype float32, or device cuda",
+            backend=spec.name,
+            device=device,
+            dtype=_name(dtype),
+        )
+    return spec
 
 
 def choose_backend(device: torch.device | str, dtype: torch.dtype, name: str | None = None) -> BackendSpec:

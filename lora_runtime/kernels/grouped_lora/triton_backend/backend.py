@@ -46,6 +46,11 @@ class TritonGroupedLora:
         self._table = table or TuningTable()
         self.device_slots = DeviceSlots(slots, arena.buffer.device)
 
+    @property
+    def num_compiled(self) -> int:
+        """Kernels of this package compiled in this process."""
+        return num_compiled()
+
     def prepare(self, plan: LoraPlan) -> TileList:
         """Bring the device's slots up to date, and make the plan's tiles unless it has them.
 
