@@ -3,7 +3,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# two workers with two threads each would wait for each other's cores
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
@@ -18,7 +19,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 
 settings.register_profile("multilora", deadline=None)  # a busy machine is no failure
 settings.load_profile("multilora")
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from lora_runtime.adapters.variants import support_table
 from tests.benchmarks.adapters_table import adapters_table
 from tests.benchmarks.kernels_table import kernels_table
 from tests.benchmarks.quantized_table import quantized_table
+from tests.benchmarks.runner_table import runner_table
 from tests.benchmarks.tenants_table import tenants_table
 from tests.conformance.cases import CASES
 
@@ -111,6 +112,7 @@ _RESULTS = {
     "tenants": tenants_table,
     "kernels": kernels_table,
     "quantized": quantized_table,
+    "runner": runner_table,
 }
 
 

@@ -71,6 +71,12 @@ class Harness:
                 return float(value)
         raise AssertionError(f"no sample {series}")
 
+    async def until_sample(self, series: str, wanted: float) -> None:
+        """Wait until a sample has that value: what a reply counts may come after the reply."""
+        async with asyncio.timeout(30):
+            while f"{series} {wanted}" not in (await self.metrics()).splitlines():
+                await asyncio.sleep(0.01)
+
     async def until_admitted(self, num_sequences: int) -> None:
         """Wait until that many sequences are admitted."""
         async with asyncio.timeout(5):
