@@ -34,9 +34,10 @@ def runner_table(_name: str, result: dict[str, Any]) -> str:
         "",
         f"Random weights in the shapes named, rank {result['rank']} on every linear layer, {result['tokens_per_row']} "
         f"tokens a sequence, backend {result['cases'][0]['backend']}. Medians (low to high) of {settings['rounds']} "
-        f"interleaved rounds, {settings['dtype']}, {settings['threads']} threads of {machine['processor']}, load average before "
-        f"the start {result['load_average']:.1f}; {versions}. Largest relative error against one adapter at a "
-        f"time: {error:.0e}. Made by `python -m tests.benchmarks.runner --shapes {','.join(settings['shapes'])}`.",
+        f"interleaved rounds, {settings['dtype']}, {settings['threads']} threads of {machine['processor']}, load "
+        f"average before the start {result['load_average']:.1f}; {versions}. Largest relative error against one "
+        f"adapter at a time: {error:.0e}. Made by `python -m tests.benchmarks.runner --shapes "
+        f"{','.join(settings['shapes'])} --rounds {settings['rounds']}`.",
         "",
     ]
     return "\n".join(lines)
