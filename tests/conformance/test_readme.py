@@ -28,8 +28,14 @@ def test_every_command_named_exists() -> None:
 
 
 def test_every_flag_named_exists() -> None:
+    """Ours, the benchmarks', and pytest's of the test command."""
     benchmarks = [path.read_text(encoding="utf-8") for path in (ROOT / "tests" / "benchmarks").glob("*.py")]
-    known = {"--help", *flags_of(get_command(app)), *re.findall(r'add_argument\(\s*"(--[a-z-]+)"', "".join(benchmarks))}
+    known = {
+        "--help",
+        "--dist",
+        *flags_of(get_command(app)),
+        *re.findall(r'add_argument\(\s*"(--[a-z-]+)"', "".join(benchmarks)),
+    }
     assert set(re.findall(r"(?<=[\s`(])--[a-z][a-z-]+", README)) <= known
 
 
