@@ -74,21 +74,24 @@ def members_of_groups(able: Sequence[LoraLinear], *, together: bool = True) -> l
 
 
 class _Together:
-    """One product of several projections, computed when the first of them is asked and kept until the last was."""
+    """One product of several projections, computed when one of them is asked and kept until each took its part.
+
+    A part is handed out once: who takes it adds an adapter's delta to it in place.
+    """
 
     def __init__(self, product: Product, widths: list[int]) -> None:
         self._product = product
         self._widths = widths
         self._x: torch.Tensor | None = None
-        self._parts: tuple[torch.Tensor, ...] = ()
+        self._parts: dict[int, torch.Tensor] = {}  # by place, those that are left
 
     def part(self, place: int, x: torch.Tensor) -> torch.Tensor:
         """x [..., d_in] → [..., width of that place], a slice."""
-        if self._x is not x:
-            self._x, self._parts = x, self._product(x).split(self._widths, dim=-1)
-        part = self._parts[place]
-        if place == len(self._widths) - 1:
-            self._x, self._parts = None, ()
+        if self._x is not x or place not in self._parts:
+            self._x, self._parts = x, dict(enumerate(self._product(x).split(self._widths, dim=-1)))
+        part = self._parts.pop(place)
+        if not self._parts:
+            self._x = None
         return part
 
 

@@ -68,6 +68,18 @@ def test_projections_of_one_input_are_one_product(tiny_bert: Path, monkeypatch: 
     assert products == [3 * width, width, inner, width] * layers, "query, key and value; output; up; down"
 
 
+def test_a_part_that_is_asked_for_again_is_computed_again(tiny_bert: Path) -> None:
+    """Whoever takes a part adds an adapter's delta to it in place."""
+    query, key, _ = linears(load_base(tiny_bert))[:3]
+    x = torch.randn(1, 4, query.site.d_in)
+    assert query.prepacked is not None and key.prepacked is not None
+    with torch.inference_mode():
+        wanted = query.base(x)
+        query.prepacked(x).add_(1.0)
+        torch.testing.assert_close(query.prepacked(x), wanted, atol=2e-5, rtol=0)
+        torch.testing.assert_close(key.prepacked(x), key.base(x), atol=2e-5, rtol=0)
+
+
 def test_an_architecture_that_cannot_view_slices_gets_its_projections_one_by_one(
     tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

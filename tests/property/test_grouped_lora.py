@@ -256,6 +256,22 @@ def test_an_input_that_is_not_contiguous(subject: Subject, view: str) -> None:
 
 
 @every_subject
+@pytest.mark.parametrize("view", ["one row of a column", "one row again and again"])
+def test_an_input_whose_rows_are_closer_than_they_are_long(subject: Subject, view: str) -> None:
+    """A product whose rows overlap is refused by some libraries without a word."""
+    num_rows = 1 if view == "one row of a column" else 7
+    world = World.make([[8, 3]], 36, [32, 20], subject=subject)
+    plan = LoraPlan.build(world.slots, [(0, num_rows)])
+    row, outs = world.random(1, subject)
+    outs = [out.expand(num_rows, -1).clone() for out in outs]
+    x = row.as_strided(row.shape, (1, 1)) if num_rows == 1 else row.expand(num_rows, -1)
+    assert x.stride(0) < x.shape[1]
+    found = world.run(subject.make(world), x, plan, outs)
+    for got, want in zip(found, world.exact(x, plan, outs), strict=True):
+        assert relative_error(got, want) < subject.tolerance
+
+
+@every_subject
 def test_a_wrong_adapter_is_caught_by_the_comparison(subject: Subject) -> None:
     world = World.make([[8], [8]], 32, [32], subject=subject)
     x, outs = world.random(10, subject)

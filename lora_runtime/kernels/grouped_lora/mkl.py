@@ -166,6 +166,10 @@ def _slice_of(indices: list[int]) -> slice | list[int]:
 
 
 def _fp32_rows(x: torch.Tensor) -> torch.Tensor:
-    """x [rows, d] itself, or a copy in fp32 whose rows are contiguous."""
+    """x [rows, d] itself, or a copy in fp32, so that each row is contiguous and ends before the next begins.
+
+    The stride counts where there is one row, too: MKL refuses one shorter than a row, and computes nothing.
+    """
     x = x.float()
-    return x if x.stride(1) == 1 else x.contiguous()
+    is_plain = x.stride(1) == 1 and x.stride(0) >= x.shape[1]
+    return x if is_plain else x.clone(memory_format=torch.contiguous_format)
