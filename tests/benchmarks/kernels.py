@@ -7,11 +7,11 @@ run. Contenders take turns in every round. Each computes the base linears too, s
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from tests.benchmarks.kernels_contenders import TORCH_CONTENDERS, Contender, Not
 from tests.benchmarks.kernels_others import OTHER_CONTENDERS
 from tests.benchmarks.kernels_problem import SHAPES, Case, Problem, cases_of
 from tests.benchmarks.kernels_timing import Timing, copy_bytes_per_second, time_contenders
+from tests.benchmarks.result_file import write_result
 
 CONTENDERS: dict[str, Contender] = {**TORCH_CONTENDERS, **OTHER_CONTENDERS}
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 6e-4, torch.bfloat16: 4e-3}  # relative Frobenius, against float64
@@ -249,14 +250,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[KernelBench, Path]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and write the file; 1 when a contender was wrong."""
     bench, out = _parse(arguments)
-    try:
-        result = run_kernel_bench(bench, lambda line: print(line, file=sys.stderr, flush=True))
-    except OutputsDiffer as error:
-        print(error, file=sys.stderr)
-        return 1
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {out}", file=sys.stderr)
-    return 0
+    return write_result(partial(run_kernel_bench, bench), out)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ Nothing is written when the fp32 bases differ from each other or the int8 base f
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from lora_runtime.runtime import Runtime, RuntimeSettings
 from lora_runtime.types import TokenSequence
 from server.bench.measure import OutputsDiffer, Spread, describe_machine, interleave, ratio
 from server.bench.texts import default_base, sample_texts
+from tests.benchmarks.result_file import write_result
 from tests.oracle import make_adapter
 
 OUT = Path(__file__).parent / "results" / "quantized-cpu.json"
@@ -136,17 +136,16 @@ def _memory(base: str, settings: dict[str, Any]) -> float:
     return float(subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout)
 
 
-def main() -> None:
-    """Measure and write."""
+def main() -> int:
+    """Measure and write the file; 1 when an answer was too far off."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--texts", type=int, default=256)
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
-    result = measure(arguments.rounds, arguments.threads, arguments.texts)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return write_result(lambda _: measure(arguments.rounds, arguments.threads, arguments.texts), arguments.out)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

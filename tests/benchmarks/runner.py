@@ -8,7 +8,6 @@ run without the others.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +23,7 @@ from lora_runtime.batch import Row
 from server.bench.measure import OutputsDiffer, Spread, ratio
 from tests.benchmarks.kernels import machine_of
 from tests.benchmarks.kernels_timing import Timing, time_contenders
+from tests.benchmarks.result_file import write_result
 from tests.benchmarks.runner_problem import RANK, ROW_TOKENS, SHAPES, RunnerProblem
 
 NUM_TOKENS = (64, 256, 2048)
@@ -176,14 +176,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[RunnerBench, Path]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and write the file; 1 when outputs were wrong."""
     bench, out = _parse(arguments)
-    try:
-        result = run_runner_bench(bench, lambda line: print(line, file=sys.stderr, flush=True))
-    except OutputsDiffer as error:
-        print(error, file=sys.stderr)
-        return 1
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {out}", file=sys.stderr)
-    return 0
+    return write_result(partial(run_runner_bench, bench), out)
 
 
 if __name__ == "__main__":

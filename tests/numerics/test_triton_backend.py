@@ -82,6 +82,38 @@ def check(found: list[torch.Tensor], exact: list[torch.Tensor], subject: Subject
         assert relative_error(got, want) < subject.tolerance
 
 
+@dataclass(frozen=True)
+class Replays:
+    """What was captured once: `x` into `static`, which hold `outs` before each replay."""
+
+    world: World
+    backend: TritonGroupedLora
+    tiles: TileList
+    x: torch.Tensor
+    outs: list[torch.Tensor]
+    static: list[torch.Tensor]
+
+
+def check_replays(
+    captured: Replays, batches: list[list[tuple[int, int]]], replay: Callable[[], object], subject: Subject
+) -> None:
+    """Replay each batch; before the last, which is slot 2's, that slot is used again."""
+    world = captured.world
+    for rows in batches:
+        if rows is batches[-1]:
+            world.slots.release(2)
+            assert world.add([3, 8], torch.Generator().manual_seed(5)) == 2
+        now = LoraPlan.build(world.slots, rows)
+        for target, out in zip(captured.static, captured.outs, strict=True):
+            target.copy_(out)
+        captured.backend.device_slots.refresh()
+        captured.tiles.fill(now)
+        replay()
+        check(captured.static, world.exact(captured.x, now, captured.outs), subject)
+        last = max((segment.end for segment in now.segments), default=0)
+        assert all(torch.equal(a[last:], b[last:]) for a, b in zip(captured.static, captured.outs, strict=True))
+
+
 SPLITS = [(16, 16, 1), (16, 16, 4), (32, 32, 3), (64, 16, 7), (16, 32, 2)]
 
 
@@ -108,19 +140,8 @@ def test_one_list_serves_many_adapters_none_and_many_again_as_under_a_graph(laun
     static = [out.clone() for out in outs]
     tiles.fill(LoraPlan.build(world.slots, [(1, 4)]))
     grouped_lora(backend, x, world.group, plan, dict(enumerate(static)))
-    for rows in ([(0, 5), (1, 2), (3, 9)], [], [(BASE_SLOT, 24)], [(3, 17), (0, 1), (2, 6)], [(2, 24)]):
-        if rows == [(2, 24)]:  # a slot that is used again, between two replays
-            world.slots.release(2)
-            assert world.add([3, 8], torch.Generator().manual_seed(5)) == 2
-        now = LoraPlan.build(world.slots, rows)
-        for target, out in zip(static, outs, strict=True):
-            target.copy_(out)
-        backend.device_slots.refresh()
-        tiles.fill(now)
-        launches.replay()
-        check(static, world.exact(x, now, outs), FP32)
-        last = max((segment.end for segment in now.segments), default=0)
-        assert all(torch.equal(got[last:], out[last:]) for got, out in zip(static, outs, strict=True))
+    batches = [[(0, 5), (1, 2), (3, 9)], [], [(BASE_SLOT, 24)], [(3, 17), (0, 1), (2, 6)], [(2, 24)]]
+    check_replays(Replays(world, backend, tiles, x, outs, static), batches, launches.replay, FP32)
     assert backend.device_slots.generation == 0
 
 
@@ -308,17 +329,8 @@ def test_a_captured_graph_serves_many_adapters_none_and_many_again(dtype: torch.
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         grouped_lora(backend, x, world.group, plan, dict(enumerate(static)))
-    for rows in ([(0, 5), (1, 20), (3, 9)], [], [(BASE_SLOT, 64)], [(3, 17), (0, 1), (2, 46)], [(2, 64)]):
-        if rows == [(2, 64)]:
-            world.slots.release(2)
-            assert world.add([3, 8], torch.Generator().manual_seed(5)) == 2
-        now = LoraPlan.build(world.slots, rows)
-        for target, out in zip(static, outs, strict=True):
-            target.copy_(out)
-        backend.device_slots.refresh()
-        tiles.fill(now)
-        graph.replay()
-        check(static, world.exact(x, now, outs), subject)
+    batches = [[(0, 5), (1, 20), (3, 9)], [], [(BASE_SLOT, 64)], [(3, 17), (0, 1), (2, 46)], [(2, 64)]]
+    check_replays(Replays(world, backend, tiles, x, outs, static), batches, graph.replay, subject)
 
 
 @pytest.mark.gpu
