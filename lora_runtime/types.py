@@ -10,6 +10,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from lora_runtime.errors import AdapterFailed, InvalidRequest, MultiloraError, TaskMismatch
+from lora_runtime.generation import Generated, Generation
 
 DEFAULT_TENANT = "default"
 BASE_NAME = "base"  # reserved: the base model without an adapter
@@ -300,6 +301,7 @@ class Request:
     input_of: tuple[int, ...] | None = None  # per sequence the input it is a window of; None: one sequence an input
     tenant: str | None = None  # who asks, and is charged for it; None: the adapter's own tenant
     priority: int = 0  # among the requests of its tenant
+    generation: Generation | None = None  # of a GENERATE request; None: the next token's logits are asked for
 
     def input_index(self, sequence: int) -> int:
         """Which of the caller's inputs a sequence belongs to."""
@@ -343,7 +345,7 @@ class NextToken:
     logits: tuple[float, ...]
 
 
-Output = Classification | TokenClassification | SpanLogits | Embedding | NextToken
+Output = Classification | TokenClassification | SpanLogits | Embedding | NextToken | Generated
 
 
 @dataclass(frozen=True, slots=True)

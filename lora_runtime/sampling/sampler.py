@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,26 +11,8 @@ from torch import Tensor
 from lora_runtime.sampling.draw import Limits, draw_from_all, draw_from_best, integer_weights, ranked
 from lora_runtime.sampling.processors import changes_logits, process_logits
 from lora_runtime.sampling.row import RowState
+from lora_runtime.sampling.tokens import SampledToken, TokenLogprob
 from lora_runtime.sampling.uniform import uniforms
-
-
-class TokenLogprob(NamedTuple):
-    """A token and the natural logarithm of its probability."""
-
-    token_id: int
-    logprob: float
-
-
-class SampledToken(NamedTuple):
-    """One row's result.
-
-    Log-probabilities are of the model itself: log-softmax of the raw logits, before penalties, masks and temperature
-    (vLLM's default `logprobs_mode`, `raw_logprobs`). They are there when `params.logprobs` is not None.
-    """
-
-    token_id: int | None  # None: the row's logits are NaN or infinite, or its mask allows no token
-    logprob: float | None = None  # of the drawn token
-    top_logprobs: tuple[TokenLogprob, ...] = ()  # the model's `params.logprobs` best, best first, then by id
 
 
 class Sampler:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lora_runtime.sampling.params import SamplingParams
 from lora_runtime.sampling.row import Bitmask, RowState
-from lora_runtime.sampling.sampler import SampledToken, Sampler
+from lora_runtime.sampling.sampler import Sampler
+from lora_runtime.sampling.tokens import SampledToken
 from lora_runtime.sampling.uniform import sample_seed, uniforms
 
 KINDS: list[dict[str, Any]] = [
