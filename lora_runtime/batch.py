@@ -6,13 +6,16 @@ from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from lora_runtime.arena import BASE_SLOT, SlotTable
+from lora_runtime.invocation import first_active
 from lora_runtime.kernels.grouped_lora import GroupedLora, LoraPlan
 from lora_runtime.packing import InputBuffer, Unpacked, pack_inputs
+from lora_runtime.sampling.row import RowState
 from lora_runtime.types import AdapterCard, Pooling, ProblemType, SiteGroup, Task, TokenSequence
 
 
@@ -60,13 +63,27 @@ NO_ADAPTER = Resident(BASE_SLOT, "", BASE_CARD)
 
 
 @dataclass(frozen=True, slots=True)
+class CachedRow:
+    """Where the keys and values of a sequence lie of which a row is the last `num_tokens` that are known."""
+
+    start: int  # position of the row's first token; those before it were computed by earlier steps
+    blocks: Sequence[int]  # of the KV cache, for all tokens up to the row's last
+    num_inactive: int = 0  # of the sequence's first tokens, which an aLoRA leaves to the base
+    states: tuple[RowState, ...] = ()  # that each draw the token that follows the row's last
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
-    """One sequence of a batch, with what answers it; `task` None asks for the hidden states alone."""
+    """One sequence of a batch, with what answers it; `task` None asks for the hidden states alone.
+
+    A row with `cached` continues a sequence. Such rows come before all others of a batch.
+    """
 
     sequence: TokenSequence
     resident: Resident = NO_ADAPTER
     task: Task | None = None
     pooling: Pooling | None = None  # of an EMBED row; None: as the adapter's card says
+    cached: CachedRow | None = None
 
     @property
     def slot(self) -> int:
@@ -103,6 +120,7 @@ class Batch:
     equal_runs: tuple[EqualRun, ...]
     max_length: int
     padded_length: int | None = None
+    num_cached_rows: int = 0  # the first ones, whose attention reads the KV cache
 
     @property
     def num_tokens(self) -> int:
@@ -127,12 +145,15 @@ class Batch:
         assert rows, "a batch has at least one row"
         lengths = tuple(row.sequence.num_tokens for row in rows)
         assert all(lengths), "a sequence has at least one token"
+        is_cached = [row.cached is not None for row in rows]
+        assert is_cached == sorted(is_cached, reverse=True), "rows that continue come first"
         found = Unpacked(
             lengths,
             [row.sequence.input_ids for row in rows],
             [_token_types(row) for row in rows],
             [-1 if (pad := row.resident.card.pad_token_id) is None else pad for row in rows],
             padding_idx,
+            [0 if row.cached is None else row.cached.start for row in rows],
         )
         inputs = pack_inputs(found, torch.device(device)) if into is None else into.fill(found)
         return cls(
@@ -143,7 +164,8 @@ class Batch:
             pad_ids=inputs.pad_ids,
             cu_seqlens=inputs.cu_seqlens,
             lengths=lengths,
-            equal_runs=_equal_runs(lengths),
+            equal_runs=equal_runs_of(lengths),
+            num_cached_rows=sum(is_cached),
             max_length=max(lengths),
             padded_length=max(lengths) if padded else None,
         )
@@ -153,7 +175,8 @@ def _token_types(row: Row) -> tuple[int, ...] | None:
     return row.sequence.token_type_ids if row.resident.card.token_types else None
 
 
-def _equal_runs(lengths: tuple[int, ...]) -> tuple[EqualRun, ...]:
+def equal_runs_of(lengths: Sequence[int]) -> tuple[EqualRun, ...]:
+    """Neighbours of one length, of sequences packed from token 0 on."""
     runs: list[EqualRun] = []
     start = 0
     for length, same in groupby(lengths):
@@ -202,6 +225,26 @@ class Owners:
         return {path: tuple(stretches) for path, stretches in found.items()}
 
 
+class PagedAttention(Protocol):
+    """Attention of a batch's first rows over the KV cache: `model.paged.PagedStep`."""
+
+    num_tokens: int  # of those rows
+
+    def attend(
+        self,
+        module: nn.Module,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        scale: float | None,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """q [t, H, D], k and v [t, H_kv, D] of those tokens, which are stored, → [t, H, D]."""
+        ...
+
+
 class Step:
     """What the wrapped modules need while one batch runs: who owns which rows, and the shrink a group shares."""
 
@@ -210,8 +253,10 @@ class Step:
     def __init__(self, batch: Batch, slots: SlotTable, backend: GroupedLora) -> None:
         self.batch = batch
         self.backend = backend
-        self.attention_modules: set[int] = set()  # ids of the attention modules that called us, for the probe
+        # of the attention modules that called us, by id: KV heads, and the widths of a key and a value
+        self.attention_modules: dict[int, tuple[int, int, int]] = {}
         self.attention_cache: dict[Any, Any] = {}  # what attention derives once for all layers
+        self.paged: PagedAttention | None = None  # of the rows that continue
         self._slots = slots
         self._owners: dict[tuple[str, int], Owners] = {}
         self._shrunk: tuple[int, torch.Tensor, Any] | None = None
@@ -268,13 +313,12 @@ class Step:
 
 
 def _inactive(row: Row) -> int:
-    """Tokens before an aLoRA's last invocation sequence, which it leaves to the base; all when there is none."""
-    invocation = row.resident.card.invocation_tokens
-    if invocation is None:
-        return 0
-    ids, width = row.sequence.input_ids, len(invocation)
-    starts = (at for at in range(len(ids) - width, -1, -1) if ids[at : at + width] == invocation)
-    return next(starts, len(ids))
+    """How many of the row's tokens, from its first on, an aLoRA leaves to the base."""
+    num_tokens = row.sequence.num_tokens
+    if row.cached is not None:
+        return min(max(row.cached.num_inactive - row.cached.start, 0), num_tokens)
+    active = first_active(row.resident.card, row.sequence.input_ids)
+    return num_tokens if active is None else active
 
 
 current_step: ContextVar[Step | None] = ContextVar("current_step", default=None)

@@ -19,8 +19,10 @@ import torch
 from lora_runtime.adapter_calls import AdapterCalls
 from lora_runtime.adapters.base_spec import BaseSpec
 from lora_runtime.adapters.loader import AdapterLoader, Fetching, LoaderMessage, LocalFolders
+from lora_runtime.admitting import check_request
 from lora_runtime.arena import RankArena, SlotTable
 from lora_runtime.batch import Resident, Row
+from lora_runtime.decoding import Decoding, GenerationStats
 from lora_runtime.errors import (
     AdapterFailed,
     AdapterNotFound,
@@ -33,13 +35,17 @@ from lora_runtime.errors import (
 )
 from lora_runtime.futures import settle
 from lora_runtime.heads import output_of
+from lora_runtime.kv_blocks import KvBlocks
 from lora_runtime.mailbox import Mailbox
-from lora_runtime.model.runner import Runner
+from lora_runtime.model.runner import Answer, Runner
 from lora_runtime.observers import EngineObserver, Observers
+from lora_runtime.planning import Planned, in_row_order
 from lora_runtime.residency import Residency
 from lora_runtime.room import Memory
-from lora_runtime.scheduler import Scheduler, Ticket, Work
+from lora_runtime.sampling.tokens import SampledToken
+from lora_runtime.scheduler import Scheduler
 from lora_runtime.shares import Shares
+from lora_runtime.tickets import Ticket, Work
 from lora_runtime.tiers import Tier
 from lora_runtime.types import (
     AdapterId,
@@ -52,7 +58,7 @@ from lora_runtime.types import (
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-_Outcome = torch.Tensor | MultiloraError  # of one sequence of a batch
+_Outcome = Answer | MultiloraError  # of one sequence of a batch
 
 _SWEEP_S = 0.05  # how late a deadline may be noticed while the request waits for its adapter
 _IDLE_WAIT_S = 0.05
@@ -66,14 +72,8 @@ class EngineSettings:
     max_batch_sequences: int = 256
     num_loader_threads: int = 1
     num_threads: int | None = None  # torch's intra-op threads; None leaves torch's choice
-
-
-@dataclass(frozen=True, slots=True)
-class _Planned:
-    """A batch in flight: its work in row order, and the adapters it holds."""
-
-    work: list[Work]
-    residents: dict[AdapterId, Resident]
+    max_generating: int = 128  # sequences that have begun to generate and not ended; at most half of the budget
+    reuse_prefixes: bool = True  # keep the keys and values of prompts for others that begin alike
 
 
 class Engine(AdapterCalls):
@@ -89,18 +89,14 @@ class Engine(AdapterCalls):
         *,
         host: RankArena | None = None,
         fetcher: Fetching | None = None,
+        blocks: KvBlocks | None = None,
     ) -> None:
         """`host`: memory for images beside the arena, when that is on an accelerator. Without a `fetcher` adapters come
-        from local folders alone."""
+        from local folders alone, and without `blocks` nothing generates."""
         self._runner = runner
         self._settings = settings
         self._observers = Observers()
         self._shares = Shares()
-        self._scheduler = Scheduler(
-            settings.token_budget,
-            settings.max_batch_sequences,
-            lambda tenant: self._shares.weight_of(tenant),
-        )
         self._loader = AdapterLoader(
             base,
             fetcher or LocalFolders(),
@@ -121,6 +117,13 @@ class Engine(AdapterCalls):
             lambda tenant: self._shares.resident_bytes_of(tenant),
         )
         super().__init__(Mailbox(), residency)
+        self._decoding = None if blocks is None else _decoding(blocks, residency, settings)
+        self._scheduler = Scheduler(
+            settings.token_budget,
+            settings.max_batch_sequences,
+            lambda tenant: self._shares.weight_of(tenant),
+            self._decoding,
+        )
         self._thread = threading.Thread(target=self._loop, name="multilora-engine", daemon=True)
         self._drain_until: float | None = None  # set once the engine is draining
         self._swept_at = 0.0
@@ -172,8 +175,14 @@ class Engine(AdapterCalls):
         return self._mailbox.ask(run).result()
 
     def check_integrity(self) -> None:
-        """Check arena, slots and records between two steps; raises AssertionError."""
+        """Check arena, slots, records and KV blocks between two steps; raises AssertionError."""
         self.call(self._residency.check_integrity)
+        if self._decoding is not None:
+            self.call(self._decoding.check_integrity)
+
+    def generation_stats(self) -> GenerationStats | None:
+        """What the KV cache holds and did; None where nothing generates. From any thread."""
+        return None if self._decoding is None else self._decoding.stats()
 
     def stop(self, drain_seconds: float = 10.0) -> None:
         """Answer what was admitted, for at most `drain_seconds`, fail the rest with EngineStopped, and end."""
@@ -217,36 +226,26 @@ class Engine(AdapterCalls):
             outcomes = self._run(planned)
             self._complete(planned, outcomes, time.monotonic() - started)
 
-    def _schedule(self) -> _Planned:
-        """The next batch, rows of one adapter adjacent, adapters by length so that equal lengths meet."""
-        work = self._scheduler.schedule(self._residency.is_ready)
+    def _schedule(self) -> Planned:
+        work = in_row_order(self._scheduler.schedule(self._residency.is_ready))
         now = time.monotonic()
-        of_adapter: dict[AdapterId, list[Work]] = {}
         for item in work:
             if item.ticket.started_at is None:
                 item.ticket.started_at = now
-            of_adapter.setdefault(item.ticket.adapter, []).append(item)
-        for items in of_adapter.values():
-            items.sort(key=lambda item: item.num_tokens)
-        ordered = sorted(of_adapter.values(), key=lambda items: items[0].num_tokens)
-        residents = {adapter: self._residency.acquire(adapter) for adapter in of_adapter}
-        return _Planned([item for items in ordered for item in items], residents)
+        adapters = dict.fromkeys(item.ticket.adapter for item in work)
+        return Planned(work, {adapter: self._residency.acquire(adapter) for adapter in adapters})
 
-    def _run(self, planned: _Planned) -> list[_Outcome]:
+    def _run(self, planned: Planned) -> list[_Outcome]:
         """What each sequence of the batch gets. Of a batch that fails, each request is run again by itself.
 
         So a request that cannot be run, by its tokens or by its adapter, takes nobody along.
         """
-        rows: list[Row] = []
-        of_ticket: dict[Ticket, list[int]] = {}
-        for place, item in enumerate(planned.work):
-            request = item.ticket.request
-            resident = planned.residents[request.adapter]
-            rows.append(Row(request.sequences[item.index], resident, request.task, request.pooling))
-            of_ticket.setdefault(item.ticket, []).append(place)
+        rows = planned.rows()
+        self._runner.copy_blocks(planned.copies)
         outcomes = self._run_rows(rows)
-        if len(of_ticket) > 1 and isinstance(outcomes[0], MultiloraError):
-            for places in of_ticket.values():
+        places_of = planned.places_of_tickets()
+        if len(places_of) > 1 and isinstance(outcomes[0], MultiloraError):
+            for places in places_of.values():
                 for place, outcome in zip(places, self._run_rows([rows[i] for i in places]), strict=True):
                     outcomes[place] = outcome
         return outcomes
@@ -258,26 +257,50 @@ class Engine(AdapterCalls):
             logger.exception("a batch of %d sequences failed", len(rows))
             return [MultiloraError(f"the forward pass failed: {type(error).__name__}")] * len(rows)
 
-    def _complete(self, planned: _Planned, outcomes: list[_Outcome], forward_s: float) -> None:
+    def _complete(self, planned: Planned, outcomes: list[_Outcome], forward_s: float) -> None:
         for adapter in planned.residents:
             self._residency.release(adapter)
         now = time.monotonic()
         for item, outcome in zip(planned.work, outcomes, strict=True):
-            resident = planned.residents[item.ticket.adapter]
-            request = item.ticket.request
-            if isinstance(outcome, MultiloraError):
-                self._fail(item.ticket, outcome)
-            elif torch.isfinite(outcome).all():
-                item.ticket.outputs[item.index] = output_of(request.task, outcome, resident.card)
-            else:
-                self._fail(item.ticket, AnswerNotFinite(str(request.adapter), request.input_index(item.index)))
-        for ticket in {item.ticket: None for item in planned.work}:
+            if not item.ticket.done:
+                self._take(item, outcome, planned.residents[item.ticket.adapter], now)
+        for ticket in planned.places_of_tickets():
             if len(ticket.outputs) == len(ticket.request.sequences) and not ticket.done:
                 self._answer(ticket, planned.residents[ticket.adapter], now)
-        if any(isinstance(outcome, torch.Tensor) for outcome in outcomes):
+        if any(not isinstance(outcome, MultiloraError) for outcome in outcomes):
             tokens = sum(item.num_tokens for item in planned.work)
             adapters = sum(not adapter.is_base for adapter in planned.residents)
             self._observers.on_batch(BatchStats(len(planned.work), tokens, adapters, forward_s))
+
+    def _take(self, item: Work, outcome: _Outcome, resident: Resident, now: float) -> None:
+        """What one sequence got of a step."""
+        request = item.ticket.request
+        if isinstance(outcome, MultiloraError):
+            self._fail(item.ticket, outcome)
+        elif isinstance(outcome, list):
+            self._continue(item, outcome, now)
+        elif torch.isfinite(outcome).all():
+            item.ticket.outputs[item.index] = output_of(request.task, outcome, resident.card)
+        else:
+            self._fail(item.ticket, AnswerNotFinite(str(request.adapter), request.input_index(item.index)))
+
+    def _continue(self, item: Work, tokens: list[SampledToken], now: float) -> None:
+        """A chunk of a prompt was computed, or a token of each of its continuations drawn."""
+        assert self._decoding is not None
+        request = item.ticket.request
+        drawn = list(zip(item.branches, tokens, strict=True))
+        if any(token.token_id is None and branch.row.mask is None for branch, token in drawn):
+            self._fail(item.ticket, AnswerNotFinite(str(request.adapter), request.input_index(item.index)))
+            return
+        self._decoding.computed(item, now)
+        for branch, token in drawn:
+            delta = branch.take(token)
+            if request.generation is not None and request.generation.on_delta is not None:
+                request.generation.on_delta(delta)
+            if branch.result is not None:
+                self._decoding.end(branch)
+                if (generated := item.ticket.generated(item.index)) is not None:
+                    item.ticket.outputs[item.index] = generated
 
     def _answer(self, ticket: Ticket, resident: Resident, now: float) -> None:
         assert ticket.started_at is not None
@@ -307,7 +330,9 @@ class Engine(AdapterCalls):
         try:
             if self._drain_until is not None:
                 raise EngineStopped("the engine is draining; ask another replica")
-            self._check(request)
+            check_request(request, self.catalogue, None if self._decoding is None else self._decoding.max_length)
+            if self._scheduler.find(request.request_id) is not None:
+                raise InvalidRequest("request_id", f"{request.request_id[:140]!r} is in flight; give each its own")
             self._residency.want(request.adapter)
         except MultiloraError as error:
             self._reply(request, future, error)
@@ -318,23 +343,6 @@ class Engine(AdapterCalls):
         ticket = self._scheduler.add(request, future, submitted_at)
         if not self._residency.is_ready(request.adapter):
             ticket.ready_at = float("inf")
-
-    def _check(self, request: Request) -> None:
-        if not request.sequences:
-            raise InvalidRequest("sequences", "is empty; a request has at least one")
-        info = self.catalogue.get(request.adapter)
-        if not info.is_read:
-            raise InvalidRequest("adapter", f"{info.id} has not been read yet; prefetch it before it is asked")
-        num_ids = info.card_for(request.task).num_token_ids
-        for index, sequence in enumerate(request.sequences):
-            field = f"inputs[{request.input_index(index)}].text"
-            if not sequence.num_tokens:
-                raise InvalidRequest(field, "has no tokens")
-            if num_ids is not None and max(sequence.input_ids) >= num_ids:  # the batch would fail, for all in it
-                message = f"has the token id {max(sequence.input_ids)}, the embedding {num_ids} rows"
-                raise InvalidRequest(field, f"{message}; leave out the text that the tokenizer added a token for")
-        if self._scheduler.find(request.request_id) is not None:
-            raise InvalidRequest("request_id", f"{request.request_id[:140]!r} is in flight; give each request its own")
 
     def _cancel(self, request_id: str) -> None:
         if (ticket := self._scheduler.find(request_id)) is not None:
@@ -381,3 +389,8 @@ class Engine(AdapterCalls):
     def _from_loader(self, message: LoaderMessage) -> None:
         """Called in a loader thread."""
         self._mailbox.post(lambda: self._residency.handle(message))
+
+
+def _decoding(blocks: KvBlocks, residency: Residency, settings: EngineSettings) -> Decoding:
+    most = max(1, min(settings.max_generating, settings.max_batch_sequences, settings.token_budget // 2))
+    return Decoding(blocks, residency, most, reuse_prefixes=settings.reuse_prefixes)

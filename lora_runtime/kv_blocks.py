@@ -47,21 +47,13 @@ def block_bytes(config: KvConfig, block_tokens: int) -> int:
     return config.token_bytes * block_tokens
 
 
-def num_blocks_for(budget_bytes: int, config: KvConfig, block_tokens: int, max_length: int) -> int:
-    """How many blocks a budget holds.
+@dataclass(frozen=True, slots=True)
+class KvBlocks:
+    """The KV cache as the engine needs to know it."""
 
-    Raises CapacityExceeded, which names budget and need, when one sequence of `max_length` tokens does not fit.
-    """
-    size = block_bytes(config, block_tokens)
-    needed = -(-max_length // block_tokens) * size
-    if budget_bytes < needed:
-        raise CapacityExceeded(
-            f"a KV cache of {budget_bytes} bytes cannot hold one sequence of {max_length} tokens, which needs {needed} "
-            f"bytes ({size} for {block_tokens} tokens); give it more bytes or lower the maximum length",
-            budget_bytes=budget_bytes,
-            needed_bytes=needed,
-        )
-    return budget_bytes // size
+    num_blocks: int
+    block_tokens: int
+    max_length: int  # tokens of one sequence, prompt and text together
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +66,11 @@ class Namespace:
 
     digest: str = BASE_NAMESPACE
     base_tokens: int = 0
-
-    @property
-    def digests(self) -> tuple[str, ...]:
-        """Those under which its blocks are kept."""
-        return (BASE_NAMESPACE, self.digest) if self.base_tokens > 0 else (self.digest,)
+    base: str = BASE_NAMESPACE  # the base's name here: blocks are shared among those that give it the same one
 
     def of_block(self, end: int) -> str:
         """The digest under which the block whose last token is `end - 1` is kept."""
-        return BASE_NAMESPACE if end <= self.base_tokens else self.digest
+        return self.base if end <= self.base_tokens else self.digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +113,6 @@ class BlockTable:
         self.keys: list[bytes] = []  # of its full computed blocks
         self.num_computed = 0  # tokens whose keys and values are stored
         self.num_cached = 0  # of these, found in the cache when it was allocated
-        self.is_dropped = False  # its namespace was dropped: no block of it is kept for others any more
 
     def slot(self, position: int) -> int:
         """Where token `position` lies: block · block_tokens + offset."""
@@ -149,8 +136,6 @@ class BlockPool:
         self._refs = [0] * num_blocks
         self._block_of: dict[bytes, int] = {}  # key → block
         self._key_of: dict[int, bytes] = {}
-        self._digest_of: dict[int, str] = {}  # block with a key → its namespace
-        self._blocks_in: dict[str, set[int]] = {}  # the inverse
         self._tables: dict[int, BlockTable] = {}  # by id()
         self._hit_tokens = self._queried_tokens = self._evictions = 0
 
@@ -181,10 +166,15 @@ class BlockPool:
             blocks.append(block)
         return blocks, len(blocks) * self.block_tokens
 
-    def can_allocate(self, namespace: Namespace, tokens: Sequence[int]) -> bool:
-        """Whether `allocate` would succeed now."""
+    @property
+    def num_tables(self) -> int:
+        """Sequences that hold blocks."""
+        return len(self._tables)
+
+    def can_allocate(self, namespace: Namespace, tokens: Sequence[int], spare: int = 0) -> bool:
+        """Whether `allocate` would succeed now and leave `spare` blocks."""
         matched, _ = self.match_prefix(namespace, tokens)
-        return self._can_take(matched, len(tokens))
+        return self._can_take(matched, len(tokens), spare)
 
     def allocate(self, namespace: Namespace, tokens: Sequence[int]) -> BlockTable:
         """Blocks for all of `tokens`; the first `num_computed` of them are in the cache already.
@@ -239,7 +229,6 @@ class BlockPool:
         twin.blocks.extend(table.blocks)
         twin.keys.extend(table.keys)
         twin.num_computed, twin.num_cached = table.num_computed, table.num_cached
-        twin.is_dropped = table.is_dropped
         for block in twin.blocks:
             self._hold(block)
         self._tables[id(twin)] = twin
@@ -251,7 +240,7 @@ class BlockPool:
         assert table.num_computed <= num_tokens <= len(table.tokens), f"{num_tokens} tokens were not allocated in turn"
         table.num_computed = num_tokens
         num_full = num_tokens // self.block_tokens
-        if num_full == len(table.keys) or table.is_dropped:
+        if num_full == len(table.keys):
             return
         table.keys.extend(self._keys(table.namespace, table.tokens, num_full, table.keys))
         self._publish(table)
@@ -267,17 +256,6 @@ class BlockPool:
             self._release(block)
         table.blocks.clear()
         table.keys.clear()
-
-    def drop_namespace(self, digest: str) -> None:
-        """Forget every cached block of an adapter that was replaced or unloaded; running sequences keep theirs."""
-        for block in sorted(self._blocks_in.get(digest, ()), reverse=True):
-            self._forget(block)
-            if block in self._unused:
-                del self._unused[block]
-                self._free[block] = None
-        for table in self._tables.values():
-            if digest in table.namespace.digests:
-                table.is_dropped = True
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless blocks, counts, tables and keys agree."""
@@ -300,10 +278,6 @@ class BlockPool:
         assert not self._free.keys() & self._key_of.keys(), "a free block has a key"
         assert {block: key for key, block in self._block_of.items()} == self._key_of, "keys and blocks differ"
         assert len(self._block_of) == len(self._key_of), "a block has two keys"
-        owners = [(block, digest) for digest, blocks in self._blocks_in.items() for block in blocks]
-        assert len(owners) == len(self._digest_of), "a block is in two namespaces"
-        assert dict(owners) == self._digest_of, "namespaces and blocks differ"
-        assert self._digest_of.keys() == self._key_of.keys(), "a block with a key has no namespace"
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_tokens)
@@ -320,24 +294,19 @@ class BlockPool:
             parent = _key(namespace.of_block(end), num_base % self.block_tokens, parent, block)
             yield parent
 
-    def _can_take(self, matched: Sequence[int], num_tokens: int) -> bool:
+    def _can_take(self, matched: Sequence[int], num_tokens: int, spare: int = 0) -> bool:
         num_unused = len(self._unused) - sum(self._refs[block] == 0 for block in matched)
-        return self._num_blocks(num_tokens) - len(matched) <= len(self._free) + num_unused
+        return self._num_blocks(num_tokens) - len(matched) + spare <= len(self._free) + num_unused
 
     def _needs_block(self, table: BlockTable) -> bool:
         return len(table.tokens) % self.block_tokens == 0 or self._refs[table.blocks[-1]] > 1
 
     def _publish(self, table: BlockTable) -> None:
         """Let others find the table's blocks whose keys are known, unless they find equal ones."""
-        if table.is_dropped:
-            return
-        for at, (key, block) in enumerate(zip(table.keys, table.blocks, strict=False)):
+        for key, block in zip(table.keys, table.blocks, strict=False):
             if key not in self._block_of and block not in self._key_of:
-                digest = table.namespace.of_block((at + 1) * self.block_tokens)
                 self._block_of[key] = block
                 self._key_of[block] = key
-                self._digest_of[block] = digest
-                self._blocks_in.setdefault(digest, set()).add(block)
 
     def _grow(self, table: BlockTable) -> None:
         """One more block, the neighbour of the last if it is free: attention reads neighbours in one go."""
@@ -367,10 +336,6 @@ class BlockPool:
     def _forget(self, block: int) -> None:
         """Take the block's key away."""
         del self._block_of[self._key_of.pop(block)]
-        digest = self._digest_of.pop(block)
-        self._blocks_in[digest].remove(block)
-        if not self._blocks_in[digest]:
-            del self._blocks_in[digest]
 
     def _exceeded(self, num_needed: int) -> CapacityExceeded:
         num_left = len(self._free) + len(self._unused)

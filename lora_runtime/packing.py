@@ -21,6 +21,7 @@ class Unpacked:
     types: Sequence[Sequence[int] | None]  # [N] of [n]; None: all 0
     pad_ids: Sequence[int]  # [N]: the id that its adapter pads with, -1: none
     padding_idx: int | None  # positions count from 0, or as the RoBERTa family's from `padding_idx + 1`
+    first_positions: Sequence[int] = ()  # [N]: of each sequence's first token, where they count from 0; (): 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,11 @@ class PackedLayout:
         for start, own in zip(starts, found.types, strict=False):
             if own is not None:
                 types[start : start + len(own)] = own
-        views.position_ids.numpy()[:] = _positions(ids, starts, lengths, found.padding_idx)
+        positions = views.position_ids.numpy()
+        positions[:] = _positions(ids, starts, lengths, found.padding_idx)
+        if any(found.first_positions):
+            assert found.padding_idx is None, "only decoders continue sequences, and those count from 0"
+            positions[:num_tokens] += np.repeat(np.array(found.first_positions), found.lengths)
         pads = views.pad_ids.numpy()
         pads[: len(found.pad_ids)] = found.pad_ids
         pads[len(found.pad_ids) :] = -1

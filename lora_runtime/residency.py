@@ -32,6 +32,7 @@ from lora_runtime.types import (
     AdapterState,
     Alias,
     Pooling,
+    Task,
     Unloaded,
 )
 
@@ -93,10 +94,13 @@ class Residency:
         self._loader.examine(adapter, record.origin.path, urgent=True)
 
     def is_ready(self, adapter: AdapterId) -> bool:
+        """Whether sequences of it may begin: not while it is being unloaded, when those that have begun end first."""
         if adapter.is_base:
             return True
         record = self._records.find(adapter)
-        return record is not None and record.state is AdapterState.READY
+        if record is None or record.state is not AdapterState.READY:
+            return False
+        return record.deleting or adapter not in self._leaving
 
     def want(self, adapter: AdapterId) -> None:
         """Start a load unless one is under way or done.
@@ -342,6 +346,7 @@ def _base_card(base: BaseSpec) -> AdapterCard:
         base_model_name=base.name,
         pooling=pooling,
         num_token_ids=base.num_token_ids,
+        second_task=Task.GENERATE if Task.GENERATE in base.heads else None,
     )
 
 

@@ -26,6 +26,7 @@ from lora_runtime.model.capture import CudaCapture
 from lora_runtime.model.encoder_text import TextEncoder
 from lora_runtime.model.encoders import Encoders
 from lora_runtime.model.graphs import GraphedBackbone, GraphSettings
+from lora_runtime.model.kv_room import kv_blocks_of, kv_cache_for
 from lora_runtime.model.load import load_base
 from lora_runtime.model.placement import Placement, resolve_placement
 from lora_runtime.model.runner import PackedRunner
@@ -51,6 +52,7 @@ from lora_runtime.types import (
 
 logger = logging.getLogger(__name__)
 
+MAX_GENERATING = 128  # sequences at once
 _STACKS_SHARE = 16  # of the arena's bytes, one part is for what the kernels copy to be fast
 
 
@@ -69,6 +71,9 @@ class RuntimeSettings:
     host_bytes: int = 1 << 30  # page-locked memory for adapters beside those on an accelerator; none is used on the CPU
     backend: str | None = None  # of the low-rank deltas, by its name in the registry; None: the device's default
     prepack: bool = True  # keep reordered copies of the base's projections: faster, and as much memory again
+    kv_bytes: int = 1 << 30  # keys and values of sequences that generate; on the CPU, pages are taken as they come
+    kv_block_tokens: int | None = None  # of one block of them; None: what attention on the device reads fastest
+    prefix_cache: bool = True  # keep those of prompts for others of the same tenant and adapter that begin alike
     quantize: str = "none"  # the base's projections: a `Quantization`; has them not prepacked
 
 
@@ -109,7 +114,8 @@ class Runtime:
         self.base_name = model.spec.name
         self.encoders = Encoders(TextEncoder(model.tokenizer, model.spec.max_length))
         lora = backend.make(resources)
-        self.runner = PackedRunner(_with_graphs(model, slots, lora, settings), slots, lora)
+        kv = kv_cache_for(model, settings.kv_bytes, settings.kv_block_tokens, MAX_GENERATING)
+        self.runner = PackedRunner(_with_graphs(model, slots, lora, settings), slots, lora, kv)
         self.engine = Engine(
             model.spec,
             self.runner,
@@ -120,9 +126,12 @@ class Runtime:
                 settings.max_batch_sequences,
                 settings.num_loader_threads,
                 settings.num_threads,
+                MAX_GENERATING,
+                settings.prefix_cache,
             ),
             host=_host_tier(settings, placement),
             fetcher=fetcher,
+            blocks=None if kv is None else kv_blocks_of(kv, model),
         )
         self.engine.start()
         self._request_numbers = itertools.count(1)

@@ -12,6 +12,10 @@ and the bound does not grow with the number of tenants. The bound: while two ten
 service per weight drifts apart by at most one turn (`TURN_TOKENS` and the sequence that passes it) per weight, beside
 the credit that one of them began with.
 
+Sequences that generate (see `decoding.py`) take one token of every step, before anything else, since each of them is
+work that has begun; those tokens count as service too. Their prompts have their turns like all sequences, and are cut
+where a turn or the step ends. A prompt that the KV cache has no room for waits, and no other begins before it does.
+
 A flow is one tenant's requests for one adapter at one priority, in order of arrival. Flows share their tenant's service
 by `PRIORITY_BASE ** priority`, so a high priority goes first without ever stopping a low one. Requests whose adapter is
 loading are passed over.
@@ -20,12 +24,13 @@ loading are passed over.
 from __future__ import annotations
 
 import heapq
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 
-from lora_runtime.types import AdapterId, Output, Request, Result
+from lora_runtime.decoding import Decoding
+from lora_runtime.flows import Draft, Flow, TenantFlows
+from lora_runtime.tickets import Ticket, Work
+from lora_runtime.types import AdapterId, Request, Result
 
 CREDIT_TOKENS = 2048.0  # that idling may earn, over the weight
 _LIGHT_TOKENS = CREDIT_TOKENS / 4  # of credit, from which on others do not fill up the batch
@@ -35,83 +40,23 @@ PRIORITY_BASE = 4.0
 _MIN_KEPT = 64  # tenants that are remembered, before any is forgotten
 
 
-@dataclass(slots=True, eq=False)
-class Ticket:
-    """One admitted request inside the engine, until its one terminal reply."""
-
-    request: Request
-    future: Future[Result]
-    arrival: int
-    submitted_at: float  # monotonic seconds, as all times here
-    ready_at: float  # when the adapter was READY: submitted_at if it was already
-    started_at: float | None = None
-    next_sequence: int = 0
-    outputs: dict[int, Output] = field(default_factory=dict[int, Output])
-    done: bool = False
-
-    @property
-    def adapter(self) -> AdapterId:
-        return self.request.adapter
-
-    @property
-    def num_left(self) -> int:
-        return len(self.request.sequences) - self.next_sequence
-
-    @property
-    def num_tokens_left(self) -> int:
-        return sum(sequence.num_tokens for sequence in self.request.sequences[self.next_sequence :])
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """One sequence chosen for the next batch."""
-
-    ticket: Ticket
-    index: int
-
-    @property
-    def num_tokens(self) -> int:
-        return self.ticket.request.sequences[self.index].num_tokens
-
-
-@dataclass(slots=True, eq=False)
-class _Flow:
-    """Tickets of one tenant, adapter and priority with sequences left, by arrival."""
-
-    tenant: str
-    adapter: AdapterId
-    priority: int
-    served: float = 0.0  # tokens over weight
-    queue: deque[Ticket] = field(default_factory=deque[Ticket])
-
-    @property
-    def key(self) -> tuple[AdapterId, int]:
-        return self.adapter, self.priority
-
-    @property
-    def rank(self) -> tuple[float, int]:
-        return self.served, self.queue[0].arrival
-
-
-@dataclass(slots=True, eq=False)
-class _Tenant:
-    served: float = 0.0  # tokens over weight
-    flows: dict[tuple[AdapterId, int], _Flow] = field(default_factory=dict[tuple[AdapterId, int], _Flow])
-    flow_floor: float = 0.0  # where a flow that comes back begins
-    waiting: frozenset[tuple[AdapterId, int]] = frozenset()  # flows that could be served in the last batch
-
-
 class Scheduler:
     """Bounds each step by tokens and sequences. Owned by the engine thread."""
 
     def __init__(
-        self, token_budget: int, max_sequences: int, weight_of: Callable[[str], float] = lambda _tenant: 1.0
+        self,
+        token_budget: int,
+        max_sequences: int,
+        weight_of: Callable[[str], float] = lambda _tenant: 1.0,
+        decoding: Decoding | None = None,
     ) -> None:
+        """Without `decoding` no request may generate."""
+        self._decoding = decoding
         self._token_budget = token_budget
         self._max_sequences = max_sequences
         self._weight_of = weight_of
-        self._tenants: dict[str, _Tenant] = {}
-        self._by_adapter: dict[AdapterId, dict[tuple[str, int], _Flow]] = {}
+        self._tenants: dict[str, TenantFlows] = {}
+        self._by_adapter: dict[AdapterId, dict[tuple[str, int], Flow]] = {}
         self._tickets: dict[str, Ticket] = {}
         self._arrivals = 0
         self._num_queued_tokens = 0  # of sequences that are not in a batch yet
@@ -129,7 +74,7 @@ class Scheduler:
         ticket = Ticket(request, future, self._arrivals, now, now)
         if not self._tickets:
             self._floor += TURN_TOKENS + ticket.num_tokens_left
-        self._flow_of(request).queue.append(ticket)
+        self._flow_of(ticket).queue.append(ticket)
         self._num_queued_tokens += ticket.num_tokens_left
         self._tickets[request.request_id] = ticket
         return ticket
@@ -159,9 +104,11 @@ class Scheduler:
         self._tickets.pop(ticket.request.request_id, None)
         if ticket.num_left:
             self._num_queued_tokens -= ticket.num_tokens_left
-            flow = self._flow_of(ticket.request)
+            flow = self._flow_of(ticket)
             flow.queue.remove(ticket)
             self._forget_if_empty(flow)
+        if self._decoding is not None:
+            self._decoding.drop(ticket)
 
     def expired(self, now: float) -> list[Ticket]:
         """Requests whose deadline has passed, started or not."""
@@ -170,38 +117,54 @@ class Scheduler:
 
     def schedule(self, is_ready: Callable[[AdapterId], bool]) -> list[Work]:
         """Sequences of ready adapters for one batch, up to the budget; at least one if any is ready."""
+        chosen = self._next_tokens()
         turns = self._turns(is_ready)
-        chosen: list[Work] = []
-        tokens = 0
+        draft = Draft(chosen, is_ready, self._token_budget - len(chosen))
         others_from = self._token_budget
         if turns and self._num_queued_tokens > self._token_budget and self._is_light(turns[0][2]):
             others_from = int(_FILL * self._token_budget)
         while turns and len(chosen) < self._max_sequences:
             _, _, name, flows = heapq.heappop(turns)
-            if tokens >= others_from and not self._is_light(name):
+            if draft.num_taken >= others_from and not self._is_light(name):
                 break
             tenant = self._tenants[name]
             flow = min(flows, key=lambda flow: flow.rank)
-            taken = self._take(flow, tokens, chosen)
-            if not taken:
+            taken = self._take(flow, draft)
+            if not taken and not draft.waits_for_room:
                 break  # what is next does not fit: nobody overtakes it, or it would wait for ever
-            tokens += taken
-            self._num_queued_tokens -= taken
             self._floor = max(self._floor, tenant.served)
             tenant.flow_floor = flow.served
             tenant.served += taken / self._weight_of(name)
             flow.served += taken / PRIORITY_BASE**flow.priority
-            if not flow.queue:
+            if not flow.queue or not taken:
                 flows.remove(flow)
                 self._forget_if_empty(flow)
             if flows:
                 heapq.heappush(turns, self._turn(name, flows))
         return chosen
 
-    def _turns(self, is_ready: Callable[[AdapterId], bool]) -> list[tuple[float, int, str, list[_Flow]]]:
+    def _next_tokens(self) -> list[Work]:
+        """One token of each sequence that generates; those that give way are queued again, before all others."""
+        if self._decoding is None:
+            return []
+        work = self._decoding.next_tokens(self._requeue)
+        for item in work:
+            self._tenants.setdefault(item.ticket.tenant, TenantFlows()).served += 1 / self._weight_of(
+                item.ticket.tenant
+            )
+        return work
+
+    def _requeue(self, ticket: Ticket, num_tokens: int) -> None:
+        self._num_queued_tokens += num_tokens
+        queue = self._flow_of(ticket).queue
+        if ticket not in queue:
+            queue.appendleft(ticket)
+
+    def _turns(self, is_ready: Callable[[AdapterId], bool]) -> list[tuple[float, int, str, list[Flow]]]:
         """A heap of the tenants that can be served, the least served first, each with its flows."""
-        ready = {adapter for adapter in self._by_adapter if is_ready(adapter)}
-        able: dict[str, list[_Flow]] = {}
+        decoding = self._decoding
+        ready = {a for a in self._by_adapter if is_ready(a) or (decoding is not None and decoding.holds(a))}
+        able: dict[str, list[Flow]] = {}
         for adapter in ready:
             for flow in self._by_adapter[adapter].values():
                 able.setdefault(flow.tenant, []).append(flow)
@@ -222,7 +185,7 @@ class Scheduler:
     def _is_light(self, name: str) -> bool:
         return self._tenants[name].served < self._floor - _LIGHT_TOKENS / self._weight_of(name)
 
-    def _lift_flows(self, tenant: _Tenant, flows: list[_Flow]) -> None:
+    def _lift_flows(self, tenant: TenantFlows, flows: list[Flow]) -> None:
         stayed = [flow.served for flow in flows if flow.key in tenant.waiting]
         floor = max(tenant.flow_floor, min(stayed)) if stayed else tenant.flow_floor
         for flow in flows:
@@ -230,43 +193,73 @@ class Scheduler:
                 flow.served = max(flow.served, floor)
         tenant.waiting = frozenset(flow.key for flow in flows)
 
-    def _turn(self, name: str, flows: list[_Flow]) -> tuple[float, int, str, list[_Flow]]:
+    def _turn(self, name: str, flows: list[Flow]) -> tuple[float, int, str, list[Flow]]:
         return self._tenants[name].served, min(flow.queue[0].arrival for flow in flows), name, flows
 
-    def _take(self, flow: _Flow, tokens: int, chosen: list[Work]) -> int:
+    def _take(self, flow: Flow, draft: Draft) -> int:
         """Take sequences of one flow for a turn, as far as they fit; their tokens."""
         taken = 0
-        for work in self._next_of(flow):
-            full = tokens + taken + work.num_tokens > self._token_budget or len(chosen) >= self._max_sequences
-            if taken >= TURN_TOKENS or (chosen and full):
+        draft.waits_for_room = False
+        for ticket in flow.queue:
+            while ticket.num_left and taken < TURN_TOKENS and len(draft.chosen) < self._max_sequences:
+                added = self._add(ticket, TURN_TOKENS - taken, draft)
+                if not added:
+                    break
+                taken += added
+                draft.num_taken += added
+            if ticket.num_left:
                 break
-            chosen.append(work)
-            taken += work.num_tokens
-            work.ticket.next_sequence += 1
         while flow.queue and not flow.queue[0].num_left:
             flow.queue.popleft()
         return taken
 
-    def _next_of(self, flow: _Flow) -> Iterator[Work]:
-        for ticket in flow.queue:
-            while ticket.num_left:
-                yield Work(ticket, ticket.next_sequence)
+    def _add(self, ticket: Ticket, turn: int, draft: Draft) -> int:
+        """Have the step take the ticket's next sequence, or a chunk of it; its tokens, 0 if it does not fit."""
+        if ticket.request.generation is not None:
+            return self._add_chunk(ticket, turn, draft)
+        work = Work(ticket, ticket.next_sequence)
+        if draft.num_taken and work.num_tokens > draft.room:
+            return 0
+        ticket.next_sequence += 1
+        draft.chosen.append(work)
+        self._num_queued_tokens -= work.num_tokens
+        return work.num_tokens
 
-    def _flow_of(self, request: Request) -> _Flow:
-        name = request.tenant or request.adapter.tenant
+    def _add_chunk(self, ticket: Ticket, turn: int, draft: Draft) -> int:
+        assert self._decoding is not None, "admission refuses requests that cannot generate"
+        room = min(turn, draft.room)
+        if room <= 0:
+            return 0
+        may_begin = bool(ticket.pending) or (draft.may_begin and draft.is_ready(ticket.adapter))
+        num_cached = self._decoding.begin(ticket) if may_begin else None
+        if num_cached is None:
+            draft.may_begin, draft.waits_for_room = False, True
+            return 0
+        one = ticket.pending[0]
+        count = min(room, one.num_left)
+        if one in draft.chunks:
+            self._decoding.extend(draft.chunks[one], count)
+        else:
+            draft.chunks[one] = self._decoding.chunk(ticket, count)
+            draft.chosen.append(draft.chunks[one])
+        self._num_queued_tokens -= num_cached + count
+        return count
+
+    def _flow_of(self, ticket: Ticket) -> Flow:
+        name, request = ticket.tenant, ticket.request
         key = request.adapter, request.priority
         if len(self._tenants) > self._keep_up_to:
             self._forget_idle()
-        tenant = self._tenants.setdefault(name, _Tenant())
+        tenant = self._tenants.setdefault(name, TenantFlows())
         if not tenant.flows:
             self._lift(name)
         if key not in tenant.flows:
-            tenant.flows[key] = _Flow(name, *key)
+            tenant.flows[key] = Flow(name, *key)
         flow = tenant.flows[key]
         self._by_adapter.setdefault(request.adapter, {})[name, request.priority] = flow
         return flow
 
-    def _forget_if_empty(self, flow: _Flow) -> None:
+    def _forget_if_empty(self, flow: Flow) -> None:
         """An idle flow is looked at no more; what its tenant was served counts on."""
         if flow.queue:
             return

@@ -227,6 +227,7 @@ class AdapterCard:
     token_types: bool = True  # False: the second text of a pair has type 0 too, as in the adapter's training
     tokenizer_sha256: str | None = None  # over the files of the folder's own tokenizer; None: the base's is used
     num_token_ids: int | None = None  # rows of the embedding that it uses; None: not known
+    second_task: Task | None = None  # GENERATE of the base itself where it is a decoder, which needs no head for either
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +262,7 @@ class AdapterInfo:
         if self.card is None:
             assert self.failure is not None, f"{self.id} has not been read"
             raise AdapterFailed(str(self.id), self.failure)
-        if self.card.task is not task:
+        if task not in (self.card.task, self.card.second_task):
             raise TaskMismatch(str(self.id), task, self.card.task)
         return self.card
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 
 import torch
 
 from lora_runtime.adapters.base_spec import BaseSpec, HeadSpec, Leaf, LeafKind
 from lora_runtime.adapters.metadata import BaseFingerprint
 from lora_runtime.batch import Row
+from lora_runtime.kv_blocks import BlockCopy
 from lora_runtime.types import Site, SiteGroup, Task
 
 WIDTH = 8
@@ -61,3 +63,6 @@ class FakeRunner:
         if any(row.sequence.num_tokens == self.cannot_run for row in rows):
             raise IndexError("index out of range in self")
         return [self.scale * (row.params["classifier.bias"] + row.sequence.num_tokens) for row in rows]
+
+    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        assert not copies, "nothing generates here"

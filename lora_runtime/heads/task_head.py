@@ -111,6 +111,26 @@ class TaskHead:
             logits = logits[:, -1]
         return [logits[i, : self._width(row)] for i, row in enumerate(rows)]
 
+    def next_token(self, step: Step, last: torch.Tensor) -> torch.Tensor:
+        """last [N, d], the hidden states of the last tokens of the step's sequences → logits [N, widest vocabulary].
+
+        A sequence whose adapter has fewer tokens than others has -inf beyond its own.
+        """
+        assert self.spec.task is Task.GENERATE, f"a {self.spec.task} head has no next token"
+        token = current_step.set(step)
+        self._stub.hidden = last[:, None]
+        ids = torch.full((len(last), 1), REAL, device=last.device)
+        try:
+            logits = head_logits(self._model(input_ids=ids, attention_mask=ids))[:, -1]
+        finally:
+            self._stub.hidden = None
+            current_step.reset(token)
+        widths = [self._width(row) for row in step.batch.rows]
+        for i, width in enumerate(widths):
+            if width < logits.shape[1]:
+                logits[i, width:] = -torch.inf
+        return logits
+
     def _width(self, row: Row) -> int:
         if self.spec.num_outputs is not None:
             return self.spec.num_outputs

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from lora_runtime.batch import require_step
+from lora_runtime.batch import Step, require_step
 from lora_runtime.errors import BaseModelUnsupported
 from lora_runtime.model.varlen import Masking, attend, choose_attention
 
@@ -32,12 +32,15 @@ def packed_attention(
     scaling: float | None = None,
     is_causal: bool | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Scaled dot-product attention of each packed sequence with itself.
 
     query [1, H, T, D], key and value [1, H_kv, T, D] → ([1, T, H, D], None). `sliding_window` w lets token i see j
-    when |i - j| < w. Raises BaseModelUnsupported for any argument that would alter attention in another way.
+    when |i - j| < w. `softcap` c bounds the scores, c * tanh(score / c). The first sequences, where they continue,
+    attend to what the KV cache has of them too. Raises BaseModelUnsupported for any argument that would alter
+    attention in another way.
     """
     altering = sorted(
         name for name in kwargs.keys() - _HARMLESS if kwargs[name] is not None and kwargs[name] is not False
@@ -47,13 +50,29 @@ def packed_attention(
             f"its attention passes {', '.join(altering) or 'a mask or dropout'}, which packed attention does not honour"
         )
     step = require_step()
-    step.attention_modules.add(id(module))
+    step.attention_modules[id(module)] = key.shape[1], key.shape[-1], value.shape[-1]
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
-    widths = "kind", query.shape[-1], value.shape[-1]
-    if widths not in step.attention_cache:  # once per batch, or per kind of layer where those differ
-        step.attention_cache[widths] = choose_attention(query, value, is_static=step.is_static)
+    masking = Masking(causal, sliding_window, scaling, softcap)
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [T, H, D], views
-    return attend(step.attention_cache[widths], q, k, v, step, Masking(causal, sliding_window, scaling))[None], None
+    if step.paged is None:
+        return _attend_whole(step, q, k, v, masking)[None], None
+    if not causal:
+        raise BaseModelUnsupported("its attention is not causal, so that a sequence cannot be continued")
+    first = step.paged.num_tokens
+    continued = step.paged.attend(
+        module, q[:first], k[:first], v[:first], scale=scaling, window=sliding_window, softcap=softcap
+    )
+    if first == len(q):
+        return continued[None], None
+    return torch.cat([continued, _attend_whole(step, q[first:], k[first:], v[first:], masking)])[None], None
+
+
+def _attend_whole(step: Step, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, masking: Masking) -> torch.Tensor:
+    """Of the sequences that are all in the batch, [t, H, D] each."""
+    kind = "kind", q.shape[-1], v.shape[-1], masking.softcap
+    if kind not in step.attention_cache:  # once per batch, or per kind of layer where those differ
+        step.attention_cache[kind] = choose_attention(q, v, is_static=step.is_static, softcap=masking.softcap)
+    return attend(step.attention_cache[kind], q, k, v, step, masking)
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)

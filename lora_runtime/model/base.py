@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_runtime.adapters.base_spec import BaseSpec
 from lora_runtime.batch import Batch, Resident, Row, Step, current_step
 from lora_runtime.heads import PooledHead, TaskHead
+from lora_runtime.kv_blocks import KvConfig
 from lora_runtime.model.placement import CPU, PROVED, Placement
 from lora_runtime.types import Task
 
@@ -150,3 +151,5 @@ class BaseModel:
     heads: dict[Task, TaskHead | PooledHead]
     tokenizer: PreTrainedTokenizerBase
     placement: Placement = PROVED
+    kv: KvConfig | None = None  # of a decoder that was proved to continue sequences over a KV cache
+    cannot_continue: str = ""  # why there is none

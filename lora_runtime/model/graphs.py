@@ -43,6 +43,7 @@ class Eager(StrEnum):
 
     EXTRAS = "extras"  # an adapter changes more than LoRA does, or not all of its tokens
     SIZE = "size"  # too many tokens or sequences for the largest bucket, or a sequence too long
+    CACHED = "cached"  # it continues sequences over the KV cache
     VARIANT = "variant"  # no graph for its site groups and rank
 
 
@@ -229,6 +230,8 @@ class GraphedBackbone:
         residents = {row.resident for row in rows}
         if any(r.extras or r.alone or r.card.invocation_tokens is not None for r in residents):
             return Eager.EXTRAS
+        if any(row.cached is not None for row in rows):
+            return Eager.CACHED
         lengths = [row.sequence.num_tokens for row in rows]
         total, longest = sum(lengths), max(lengths)
         fitting = (b for b in self._buckets if b.layout.holds(total, len(rows)) and b.batch.max_length >= longest)

@@ -33,6 +33,7 @@ from lora_runtime.errors import BaseModelUnsupported
 from lora_runtime.heads import PooledHead, TaskHead
 from lora_runtime.heads.sequence_leaf import is_leaf
 from lora_runtime.heads.task_head import PROBE_LABELS
+from lora_runtime.kv_blocks import KvConfig
 from lora_runtime.model.base import Backbone, BaseModel, PackedBackbone, PaddedBackbone
 from lora_runtime.model.fuse import fuse_linears, unfuse_linears
 from lora_runtime.model.inject import make_leaves, make_sites, shared_modules, wrap_leaves
@@ -48,6 +49,7 @@ from lora_runtime.model.probe import (
     separate_outputs,
     takes,
 )
+from lora_runtime.model.prove_paged import prove_paged
 from lora_runtime.model.quantize import Quantization, check_quantization, quantize_linears
 from lora_runtime.model.skeleton import AUTO_CLASSES, Skeleton, build_skeleton, has_class
 from lora_runtime.types import Pooling, Site, SiteGroup, Task
@@ -119,6 +121,7 @@ def _load(
         logger.info("base %s: %.0f MiB of reordered copies of its projections", name, num_bytes / (1 << 20))
     pack = not any(looked.observed[path].kind is LeafKind.LINEAR for path in shared_modules(looked.observed))
     backbone = prove_backbone(looked.backbone, looked.config, groups, looked.expected, name, pack=pack)
+    kv, cannot_continue = _prove_paged(backbone, looked, groups, heads)
     _prove_heads(heads, looked, groups, name)
     pooled = PooledHead(Pooling.LAST if looked.decoder else Pooling.MEAN)
     all_heads: dict[Task, TaskHead | PooledHead] = {**heads, Task.EMBED: pooled}
@@ -133,7 +136,25 @@ def _load(
         outside = {path: value for path, value in spec.parameters.items() if path not in looked.parameters}
         quantized = quantize_linears(looked.backbone, quantization, looked.parameters)
         spec = replace(spec, parameters=quantized | outside)
-    return BaseModel(spec, backbone, all_heads, tokenizer, placement)
+    if kv is not None:
+        kv = replace(kv, itemsize=placement.dtype.itemsize)
+    else:
+        logger.info("base %s: generates no text: %s", name, cannot_continue)
+    return BaseModel(spec, backbone, all_heads, tokenizer, placement, kv, cannot_continue)
+
+
+def _prove_paged(
+    backbone: Backbone, looked: _Looked, groups: tuple[SiteGroup, ...], heads: dict[Task, TaskHead]
+) -> tuple[KvConfig | None, str]:
+    """The shape of the keys and values of a base that generates, or why it does not."""
+    if Task.GENERATE not in heads:
+        return None, looked.unserved.get(Task.GENERATE, "the base has no output layer")
+    if not isinstance(backbone, PackedBackbone):
+        return None, "its attention is its own, which keeps no keys and values here"
+    try:
+        return prove_paged(backbone, groups, looked.expected), ""
+    except BaseModelUnsupported as error:
+        return None, error.message
 
 
 def _prepack(backbone: nn.Module) -> int:

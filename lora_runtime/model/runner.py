@@ -3,45 +3,77 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
 from typing import Protocol
 
 import torch
 
 from lora_runtime.arena import SlotTable
 from lora_runtime.batch import Batch, Row, Step
+from lora_runtime.heads import TaskHead
 from lora_runtime.kernels.grouped_lora import CompilingLora, GroupedLora
+from lora_runtime.kv_blocks import BlockCopy
 from lora_runtime.model.base import BaseModel, like_lengths
 from lora_runtime.model.graphs import Eager, GraphedBackbone
-from lora_runtime.types import RunnerStats, Task
+from lora_runtime.model.kv_cache import KvCache
+from lora_runtime.model.paged import PagedLayers
+from lora_runtime.sampling.sampler import Sampler
+from lora_runtime.sampling.tokens import SampledToken
+from lora_runtime.types import RunnerStats, Task, TokenSequence
+
+Answer = torch.Tensor | list[SampledToken]
 
 
 class Runner(Protocol):
     """What the engine needs of a model; `FakeRunner` in the tests is another."""
 
-    def run(self, rows: list[Row]) -> list[torch.Tensor]:
-        """Per row what its task asks for (see TaskHead.run), on the host; rows of one adapter are adjacent."""
+    def run(self, rows: list[Row]) -> list[Answer]:
+        """Per row what its task asks for (see TaskHead.run), on the host; rows of one adapter are adjacent.
+
+        Of a row that continues a sequence: a token for each of its `states`.
+        """
+        ...
+
+    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        """Copy blocks of the KV cache, before a step writes to any."""
         ...
 
 
 class PackedRunner:
     """Runs batches on one base; used from the engine thread alone."""
 
-    def __init__(self, base: BaseModel, slots: SlotTable, backend: GroupedLora) -> None:
+    def __init__(self, base: BaseModel, slots: SlotTable, backend: GroupedLora, kv: KvCache | None = None) -> None:
+        """Without `kv` no row continues a sequence."""
         self._base = base
         self._slots = slots
         self._backend = backend
+        self._paged = None if kv is None else PagedLayers(kv)
+        self._sampler = Sampler()
 
-    def run(self, rows: list[Row]) -> list[torch.Tensor]:
+    def run(self, rows: list[Row]) -> list[Answer]:
         """The answer of each row; a row without a task gets its hidden states [n, d]."""
         with torch.inference_mode():
             steps: list[Step] = []
             hidden = self._base.backbone.hidden(rows, lambda batch: self._keep(batch, steps))
             outputs = list(hidden.split([row.sequence.num_tokens for row in rows]))
-            for task in dict.fromkeys(row.task for row in rows if row.task is not None):
-                self._run_head(task, rows, hidden, outputs)
+            sampled = self._sample(rows, outputs)
+            plain = [i for i, row in enumerate(rows) if row.cached is None]
+            for task in dict.fromkeys(rows[i].task for i in plain):
+                if task is not None:
+                    self._run_head(task, [i for i in plain if rows[i].task is task], rows, hidden, outputs)
             for step in steps:
                 step.tokens.plan.check_current()  # no slot changed hands under the batch
-            return _on_host(outputs)
+            for i, output in zip(plain, _on_host([outputs[i] for i in plain]), strict=True):
+                outputs[i] = output
+            return [sampled.get(i, []) if row.cached is not None else outputs[i] for i, row in enumerate(rows)]
+
+    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        """See Runner."""
+        if copies:
+            assert self._paged is not None, "blocks are those of a KV cache"
+            with torch.inference_mode():
+                self._paged.copy(copies)
 
     def warm_up(self) -> None:
         """Compile every kernel that a batch can need, and capture the graphs of the adapters that are READY now."""
@@ -69,28 +101,60 @@ class PackedRunner:
             return self._base.backbone.hidden(rows, self._make_step)
 
     def _make_step(self, batch: Batch) -> Step:
-        return Step(batch, self._slots, self._backend)
+        step = Step(batch, self._slots, self._backend)
+        if batch.num_cached_rows:
+            assert self._paged is not None, "rows continue over a KV cache"
+            step.paged = self._paged.step(batch.rows)
+        return step
 
     def _keep(self, batch: Batch, steps: list[Step]) -> Step:
         steps.append(self._make_step(batch))
         return steps[-1]
 
-    def _run_head(self, task: Task, rows: list[Row], hidden: torch.Tensor, outputs: list[torch.Tensor]) -> None:
-        """Replace the outputs of the task's rows by their answers."""
+    def _sample(self, rows: list[Row], outputs: list[torch.Tensor]) -> dict[int, list[SampledToken]]:
+        """The tokens that each row draws whose sequence is computed up to its end."""
+        drawing = [(i, row.cached.states) for i, row in enumerate(rows) if row.cached is not None and row.cached.states]
+        if not drawing:
+            return {}
+        lasts = [_last_token(rows[i]) for i, _ in drawing]
+        step = Step(Batch.pack(lasts, self._base.placement.device), self._slots, self._backend)
+        head = self._base.heads[Task.GENERATE]
+        assert isinstance(head, TaskHead)
+        logits = head.next_token(step, torch.stack([outputs[i][-1] for i, _ in drawing])).float()  # [n, vocabulary]
+        if any(len(states) > 1 for _, states in drawing):
+            logits = logits.repeat_interleave(
+                torch.tensor([len(states) for _, states in drawing], device=logits.device), dim=0
+            )
+        tokens = iter(self._sampler.sample(logits, [state for _, states in drawing for state in states]))
+        return {i: list(islice(tokens, len(states))) for i, states in drawing}
+
+    def _run_head(
+        self, task: Task, chosen: list[int], rows: list[Row], hidden: torch.Tensor, outputs: list[torch.Tensor]
+    ) -> None:
+        """Replace the outputs of the chosen rows, all those of the task, by their answers."""
         head = self._base.heads[task]
-        chosen = [i for i, row in enumerate(rows) if row.task is task]
         batches = like_lengths([rows[i] for i in chosen]) if head.pads else [list(range(len(chosen)))]
         for batch in batches:
             members = [chosen[place] for place in batch]
             everything = members == list(range(len(rows)))
             states = hidden if everything else torch.cat([outputs[i] for i in members])
-            step = self._make_step(Batch.pack([rows[i] for i in members], self._base.placement.device))
+            step = Step(Batch.pack([rows[i] for i in members], self._base.placement.device), self._slots, self._backend)
             for i, answer in zip(members, head.run(step, states), strict=True):
                 outputs[i] = answer
 
 
+def _last_token(row: Row) -> Row:
+    """The row's last token alone, where the sequence goes on."""
+    assert row.cached is not None
+    start = row.cached.start + row.sequence.num_tokens - 1
+    last = TokenSequence(row.sequence.input_ids[-1:], None)
+    return replace(row, sequence=last, cached=replace(row.cached, start=start))
+
+
 def _on_host(outputs: list[torch.Tensor]) -> list[torch.Tensor]:
     """The same in fp32 on the host, by one copy."""
+    if not outputs:
+        return []
     if all(output.device.type == "cpu" for output in outputs):
         return [output.float() for output in outputs]
     together = torch.cat([output.reshape(-1).float() for output in outputs]).cpu()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cache
 
@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 
-from lora_runtime.batch import Batch, EqualRun, Step
+from lora_runtime.batch import Batch, EqualRun, Step, equal_runs_of
+from lora_runtime.model.kv_layouts import Scoring, masked_attention
 
 _HALVES = (torch.float16, torch.bfloat16)
 _MAX_HEAD = 256  # of flash attention, which also takes whole vectors of 8 alone
@@ -32,6 +33,7 @@ class Masking:
     causal: bool
     window: int | None
     scale: float | None  # of the products; None: 1 / sqrt(D)
+    softcap: float | None = None  # c: scores become c * tanh(score / c)
 
 
 class AttentionKind(Enum):
@@ -42,9 +44,20 @@ class AttentionKind(Enum):
     MASKED = "one call with a mask of [T, T]"  # the same launches whatever the sequences are
 
 
-def choose_attention(query: torch.Tensor, value: torch.Tensor, *, is_static: bool) -> AttentionKind:
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    """Of the sequences that are all in a batch, when others continue there: as `Batch` has it of all."""
+
+    cu_seqlens: torch.Tensor
+    equal_runs: tuple[EqualRun, ...]
+    max_length: int
+
+
+def choose_attention(
+    query: torch.Tensor, value: torch.Tensor, *, is_static: bool, softcap: float | None = None
+) -> AttentionKind:
     """The way for heads like these; `is_static` asks for launches that do not depend on the lengths."""
-    if can_use_varlen(query, value):
+    if softcap is None and can_use_varlen(query, value):
         return AttentionKind.VARLEN
     return AttentionKind.MASKED if is_static else AttentionKind.EQUAL_RUNS
 
@@ -64,12 +77,12 @@ def _capability(device: torch.device) -> tuple[int, int]:
 def attend(
     kind: AttentionKind, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, masking: Masking
 ) -> torch.Tensor:
-    """Attention of each of the step's sequences with itself."""
+    """Attention of each of the step's sequences that are all in the batch with itself; q, k and v have their tokens."""
     return _WAYS[kind](q, k, v, step, masking)
 
 
 def _varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, masking: Masking) -> torch.Tensor:
-    batch = step.batch
+    batch = _whole(step)
     before = -1 if masking.window is None else masking.window - 1
     found = varlen_attn(
         q,
@@ -89,18 +102,45 @@ def _varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, maski
 
 def _equal_runs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, masking: Masking) -> torch.Tensor:
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
-    for run in step.batch.equal_runs:
+    for run in _whole(step).equal_runs:
         rows = slice(run.start, run.start + run.count * run.length)
         mask = _run_mask(run.length, masking, q.device)
-        attended = F.scaled_dot_product_attention(
-            *(_sequences(t[rows], run) for t in (q, k, v)),
+        parts = [_sequences(t[rows], run) for t in (q, k, v)]
+        attended = _dense(parts[0], parts[1], parts[2], mask, masking)  # [count, H, length, D]
+        out[rows].view(run.count, run.length, *out.shape[1:]).copy_(attended.transpose(1, 2))
+    return out
+
+
+def _whole(step: Step) -> Batch | _Whole:
+    batch = step.batch
+    if not batch.num_cached_rows:
+        return batch
+    if "whole" not in step.attention_cache:
+        first, lengths = batch.num_cached_rows, batch.lengths[batch.num_cached_rows :]
+        ends = batch.cu_seqlens[first:] - batch.cu_seqlens[first]
+        step.attention_cache["whole"] = _Whole(ends, equal_runs_of(lengths), max(lengths))
+    return step.attention_cache["whole"]
+
+
+def _dense(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, masking: Masking
+) -> torch.Tensor:
+    """q [n, H, L, D], k and v [n, H_kv, L, D] → [n, H, L, D]; `mask` None: what `masking` says without its window."""
+    if masking.softcap is None:
+        return F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
             attn_mask=mask,
             is_causal=masking.causal and mask is None,
             scale=masking.scale,
             enable_gqa=k.shape[1] != q.shape[1],
-        )  # [count, H, length, D]
-        out[rows].view(run.count, run.length, *out.shape[1:]).copy_(attended.transpose(1, 2))
-    return out
+        )
+    if mask is None:
+        steps = torch.arange(q.shape[2], device=q.device)
+        mask = _sees(steps[:, None] - steps[None, :], replace(masking, window=None))
+    scale = q.shape[-1] ** -0.5 if masking.scale is None else masking.scale
+    return masked_attention(q, k, v, mask, Scoring(scale, None, masking.softcap))
 
 
 def _sequences(rows: torch.Tensor, run: EqualRun) -> torch.Tensor:
@@ -120,12 +160,8 @@ def _masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, maski
     key = "mask", masking.causal, masking.window
     if key not in step.attention_cache:
         step.attention_cache[key] = _batch_mask(step.batch, masking)
-    attended = F.scaled_dot_product_attention(
-        *(t.transpose(0, 1)[None] for t in (q, k, v)),
-        attn_mask=step.attention_cache[key],
-        scale=masking.scale,
-        enable_gqa=k.shape[1] != q.shape[1],
-    )  # [1, H, T, D]
+    parts = [t.transpose(0, 1)[None] for t in (q, k, v)]
+    attended = _dense(parts[0], parts[1], parts[2], step.attention_cache[key], masking)  # [1, H, T, D]
     return attended[0].transpose(0, 1)
 
 

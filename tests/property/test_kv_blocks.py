@@ -7,7 +7,7 @@ it). A sequence may only ever read slots whose content is its own.
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -16,10 +16,7 @@ from lora_runtime.kv_blocks import (
     BASE_NAMESPACE,
     BlockPool,
     BlockTable,
-    KvConfig,
     Namespace,
-    block_bytes,
-    num_blocks_for,
 )
 
 BLOCK = 4
@@ -132,24 +129,17 @@ class PoolMachine(RuleBasedStateMachine):
         table = self.pick(data)
         self.live.remove(table)
         namespace, tokens, num_computed = table.namespace, table.tokens, table.num_computed
-        was_dropped = table.is_dropped
         self.pool.free(table)
         self.preempted.append((namespace, tokens))
-        if not was_dropped:
-            num_full = min(num_computed, len(tokens) - 1) // BLOCK
-            _, num_matched = self.pool.match_prefix(namespace, tokens)
-            assert num_matched >= num_full * BLOCK, "a victim's full blocks were not kept"
+        num_full = min(num_computed, len(tokens) - 1) // BLOCK
+        _, num_matched = self.pool.match_prefix(namespace, tokens)
+        assert num_matched >= num_full * BLOCK, "a victim's full blocks were not kept"
 
     @precondition(lambda self: self.preempted)
     @rule()
     def resume(self) -> None:
         namespace, tokens = self.preempted.pop()
         self.allocate(namespace, tokens)
-
-    @rule(digest=st.sampled_from(["", "lora", "other"]), prompt=tokens_of)
-    def replace(self, digest: str, prompt: list[int]) -> None:
-        self.pool.drop_namespace(digest)
-        assert self.pool.match_prefix(Namespace(digest), prompt) == ([], 0), "a dropped namespace is found"
 
     @invariant()
     def whole(self) -> None:
@@ -204,8 +194,6 @@ def test_blocks_before_an_invocation_are_the_bases() -> None:
     assert activated.blocks[:2] == base.blocks[:2]
     assert activated.blocks[2] != base.blocks[2]
     assert pool.match_prefix(Namespace("alora", base_tokens=9), tokens) == (activated.blocks[:3], 12)
-    pool.drop_namespace("alora")
-    assert pool.match_prefix(Namespace("alora", base_tokens=9), tokens) == (base.blocks[:2], 8)
 
 
 def test_a_block_that_an_invocation_divides_is_found_only_where_it_divides_it_there() -> None:
@@ -256,45 +244,22 @@ def test_a_growing_sequence_takes_the_neighbour_of_its_last_block() -> None:
     assert table.blocks == [0, 1, 2, 3, 4]
 
 
-def test_a_dropped_sequence_leaves_nothing_behind() -> None:
-    pool = BlockPool(8, BLOCK)
-    lora = Namespace("lora")
-    table = computed(pool, lora, [0] * 5)
-    pool.drop_namespace("lora")
-    for token in range(8):
-        pool.append_slot(table, token)
-        pool.mark_computed(table, len(table.tokens))
-    tokens = list(table.tokens)
-    pool.free(table)
-    assert pool.match_prefix(lora, tokens) == ([], 0)
-    assert pool.stats.num_free == 8
-
-
-def test_integrity_notices_a_lost_reference_and_a_second_namespace() -> None:
+def test_integrity_notices_a_lost_reference_and_a_lost_key() -> None:
     pool = BlockPool(8, BLOCK)
     table = computed(pool, BASE, [0] * 9)
     pool._refs[table.blocks[0]] += 1  # pyright: ignore[reportPrivateUsage]
     with pytest.raises(AssertionError, match="reference counts"):
         pool.check_integrity()
     pool._refs[table.blocks[0]] -= 1  # pyright: ignore[reportPrivateUsage]
-    pool._blocks_in["lora"] = {table.blocks[0]}  # pyright: ignore[reportPrivateUsage]
-    with pytest.raises(AssertionError, match="two namespaces"):
+    del pool._key_of[table.blocks[0]]  # pyright: ignore[reportPrivateUsage]
+    with pytest.raises(AssertionError, match="keys and blocks differ"):
         pool.check_integrity()
 
 
-@given(
-    st.integers(1, 8), st.integers(1, 4), st.sampled_from([16, 64]), st.sampled_from([16, 32]), st.integers(1, 1 << 22)
-)
-def test_a_budget_is_never_exceeded_and_never_left_a_whole_block_unused(
-    layers: int, heads: int, head_dim: int, block_tokens: int, budget: int
-) -> None:
-    config = KvConfig(layers, heads, head_dim, itemsize=4)
-    size = block_bytes(config, block_tokens)
-    assert size == layers * 2 * heads * head_dim * block_tokens * 4
-    if budget < 3 * size:
-        with pytest.raises(CapacityExceeded, match=f"{budget} bytes cannot hold") as caught:
-            num_blocks_for(budget, config, block_tokens, max_length=2 * block_tokens + 1)
-        assert caught.value.metadata == {"budget_bytes": str(budget), "needed_bytes": str(3 * size)}
-    else:
-        num_blocks = num_blocks_for(budget, config, block_tokens, max_length=2 * block_tokens + 1)
-        assert num_blocks * size <= budget < (num_blocks + 1) * size
+def test_base_blocks_are_shared_among_those_that_give_the_base_one_name() -> None:
+    pool = BlockPool(16, BLOCK)
+    tokens = list(range(9))
+    base = computed(pool, Namespace("a/", base="a/"), tokens)
+    assert pool.match_prefix(Namespace("a/alora", 8, base="a/"), tokens) == (base.blocks[:2], 8)
+    assert pool.match_prefix(Namespace("b/alora", 8, base="b/"), tokens) == ([], 0)
+    assert pool.match_prefix(Namespace("b/", base="b/"), tokens) == ([], 0)

@@ -9,7 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from lora_runtime.scheduler import Scheduler, Ticket
+from lora_runtime.scheduler import Scheduler
+from lora_runtime.tickets import Ticket
 from lora_runtime.types import AdapterId, Classification, Request, Task, TokenSequence
 
 BUDGET, MAX_SEQUENCES = 50, 6

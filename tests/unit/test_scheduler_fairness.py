@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from lora_runtime.scheduler import CREDIT_TOKENS, TURN_TOKENS, Scheduler, Ticket, Work
+from lora_runtime.scheduler import CREDIT_TOKENS, TURN_TOKENS, Scheduler
+from lora_runtime.tickets import Ticket, Work
 from lora_runtime.types import AdapterId, Request, Task, TokenSequence
 
 BUDGET = 1024  # tokens a batch

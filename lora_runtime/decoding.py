@@ -1,0 +1,224 @@
+"""The sequences that generate: which blocks of the KV cache they hold, who runs, and who gives way. No torch here.
+
+A continuation begins with blocks for all tokens that it has, is computed chunk by chunk, and then runs: one token in
+every step. When a running one needs a block and there is none, the youngest gives its blocks back and waits, with what
+it generated, to be computed again: the oldest always goes on, so everything ends. A prompt begins only where blocks
+are left for those that run.
+
+The blocks of a prefix are shared by sequences of one tenant and one content of an adapter, told by its digest; of an
+aLoRA those before its invocation are the base's. Tenants share none, or one could find out by the time that an answer
+takes what another has asked.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from lora_runtime.continuation import Continuation
+from lora_runtime.invocation import first_active
+from lora_runtime.kv_blocks import BlockPool, BlockStats, KvBlocks, Namespace
+from lora_runtime.tickets import Ticket, Work
+
+if TYPE_CHECKING:
+    from lora_runtime.batch import Resident
+    from lora_runtime.types import AdapterId
+
+Requeue = Callable[[Ticket, int], None]
+_SPARE = 4  # running sequences for each block that a new prompt must leave
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationStats:
+    """A snapshot for observers."""
+
+    num_running: int  # sequences of which each step draws a token
+    num_begun: int  # these, those whose prompts are being computed, and those that gave way
+    num_preempted: int  # that gave way, since the engine was made
+    blocks: BlockStats
+
+
+class Holding(Protocol):
+    """What keeps adapters in memory: `Residency`."""
+
+    def acquire(self, adapter: AdapterId) -> Resident: ...
+
+    def release(self, adapter: AdapterId) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    ticket: Ticket
+    namespace: Namespace
+
+
+class Decoding:
+    """Owned by the engine's thread."""
+
+    def __init__(self, blocks: KvBlocks, holding: Holding, max_sequences: int, *, reuse_prefixes: bool = True) -> None:
+        """`max_sequences`: that have begun and not ended."""
+        assert blocks.num_blocks * blocks.block_tokens >= blocks.max_length, "one sequence alone must fit"
+        self.pool = BlockPool(blocks.num_blocks, blocks.block_tokens)
+        self.max_length = blocks.max_length
+        self.num_preempted = 0
+        self._holding = holding
+        self._max_sequences = max_sequences
+        self._reuse_prefixes = reuse_prefixes
+        self._running: list[Continuation] = []  # by order
+        self._begun: dict[Continuation, _Begun] = {}  # that have not ended
+        self._num_salts = 0
+
+    def stats(self) -> GenerationStats:
+        """Counts of now; safe to ask from any thread."""
+        return GenerationStats(len(self._running), len(self._begun), self.num_preempted, self.pool.stats)
+
+    def holds(self, adapter: AdapterId) -> bool:
+        """Whether sequences of it have begun: it stays in memory until they end."""
+        return any(begun.ticket.adapter == adapter for begun in self._begun.values())
+
+    def next_tokens(self, requeue: Requeue) -> list[Work]:
+        """One token of each that runs; `requeue` gets the ticket of each that gives way, and the tokens that are to be
+        computed again.
+        """
+        work: list[Work] = []
+        while len(work) < len(self._running):
+            one = self._running[len(work)]
+            while one.table is not None and not self.pool.can_append(one.table):
+                self._preempt_youngest(requeue)
+            if one.table is None:  # the youngest itself, so the last of them
+                break
+            appended = self.pool.append_slot(one.table, one.tokens[-1])
+            ticket = self._begun[one].ticket
+            work.append(Work(ticket, one.index, one, one.num_scheduled, 1, appended.copy, (one,)))
+            one.num_scheduled += 1
+        return work
+
+    def begin(self, ticket: Ticket) -> int | None:
+        """Take blocks for the next continuation of a ticket, unless it has them; None where it has to wait.
+
+        The tokens of it that the cache had.
+        """
+        if ticket.pending:
+            one = ticket.pending[0]
+            if one.table is not None:
+                return 0
+            return one.num_scheduled if self._allocate(one, self._begun[one].namespace) else None
+        generation = ticket.request.generation
+        assert generation is not None and ticket.num_fresh
+        if self._begun and len(self._begun) + generation.params.n > self._max_sequences:
+            return None
+        prompt = ticket.request.sequences[ticket.next_sequence].input_ids
+        one = Continuation(generation, prompt, (ticket.arrival, ticket.next_sequence, 0), self.max_length)
+        resident = self._holding.acquire(ticket.adapter)
+        active = first_active(resident.card, prompt)
+        one.num_inactive = self.max_length if active is None else active
+        namespace = self._namespace(ticket, resident.digest, one.num_inactive)
+        if not self._allocate(one, namespace):
+            self._holding.release(ticket.adapter)
+            return None
+        one.num_cached = one.num_scheduled
+        ticket.next_sequence += 1
+        ticket.pending.append(one)
+        ticket.begun.append(one)
+        self._begun[one] = _Begun(ticket, namespace)
+        return one.num_cached
+
+    def chunk(self, ticket: Ticket, count: int) -> Work:
+        """`count` more tokens of the ticket's next continuation, which has begun."""
+        one = ticket.pending[0]
+        work = Work(ticket, one.index, one, one.num_scheduled, count)
+        one.num_scheduled += count
+        if not one.num_left:
+            ticket.pending.popleft()
+            twins = one.twins()
+            for twin in twins:
+                self._holding.acquire(ticket.adapter)
+                ticket.begun.append(twin)
+                self._begun[twin] = self._begun[one]
+            work.branches = (one, *twins)
+        return work
+
+    def extend(self, work: Work, count: int) -> None:
+        """Have a chunk of this step take `count` tokens more."""
+        more = self.chunk(work.ticket, count)
+        assert more.start == work.start + work.count, "chunks of one step follow each other"
+        work.count += count
+        work.branches = more.branches
+
+    def computed(self, work: Work, now: float) -> None:
+        """The keys and values of a step's work are stored, and its branches draw their tokens, at `now`."""
+        one = work.continuation
+        assert one is not None and one.table is not None
+        self.pool.mark_computed(one.table, work.start + work.count)
+        for branch in work.branches:
+            if branch.table is None:
+                branch.table = self.pool.fork(one.table)
+            if branch.first_token_at is None:
+                branch.first_token_at = now
+            if not branch.is_running:
+                branch.is_running = True
+                insort(self._running, branch, key=_order)
+
+    def end(self, one: Continuation) -> None:
+        """Give back what a continuation holds."""
+        begun = self._begun.pop(one)
+        self._stop(one)
+        self._holding.release(begun.ticket.adapter)
+
+    def drop(self, ticket: Ticket) -> None:
+        """Give back what is left of a ticket that has had its reply."""
+        for one in ticket.begun:
+            if one in self._begun:
+                self.end(one)
+        ticket.pending.clear()
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless pool, tables and those that have begun agree."""
+        self.pool.check_integrity()
+        tables = [one.table for one in self._begun if one.table is not None]
+        assert self.pool.num_tables == len(tables), "a table has no continuation"
+        assert all(one in self._begun and one.table is not None for one in self._running), "one that ended runs"
+        assert self._running == sorted(self._running, key=_order), "those that run are out of order"
+        assert len(self._running) == sum(one.is_running for one in self._begun), "one that runs is not listed"
+
+    def _preempt_youngest(self, requeue: Requeue) -> None:
+        """Have the youngest that holds blocks give them back; its tokens are computed again later."""
+        youngest = max((one for one in self._begun if one.table is not None), key=_order)
+        ticket = self._begun[youngest].ticket
+        num_queued = 0 if youngest.is_running else youngest.num_left
+        if youngest.is_running:
+            ticket.pending = deque(sorted([*ticket.pending, youngest], key=_order))
+        self._stop(youngest)
+        youngest.num_scheduled = 0
+        self.num_preempted += 1
+        requeue(ticket, len(youngest.tokens) - num_queued)
+
+    def _stop(self, one: Continuation) -> None:
+        if one.is_running:
+            one.is_running = False
+            self._running.remove(one)
+        if one.table is not None:
+            self.pool.free(one.table)
+            one.table = None
+
+    def _allocate(self, one: Continuation, namespace: Namespace) -> bool:
+        spare = -(-len(self._running) // _SPARE)
+        if not self.pool.can_allocate(namespace, one.tokens, spare):
+            return False
+        one.table = self.pool.allocate(namespace, one.tokens)
+        one.num_scheduled = one.table.num_computed
+        return True
+
+    def _namespace(self, ticket: Ticket, digest: str, num_inactive: int) -> Namespace:
+        owner = ticket.tenant
+        if not self._reuse_prefixes:
+            self._num_salts += 1
+            owner = f"{owner}/{self._num_salts}"
+        return Namespace(f"{owner}/{digest}", num_inactive, base=f"{owner}/")
+
+
+def _order(one: Continuation) -> tuple[int, int, int]:
+    return one.order
