@@ -68,7 +68,7 @@ def test_a_template_that_would_not_end_is_stopped(process: TemplateProcess, temp
 
 def test_what_a_template_says_of_a_conversation_is_passed_on(process: TemplateProcess) -> None:
     template = "{{ raise_exception('Roles must alternate') if messages|length > 1 }}ok"
-    with pytest.raises(RenderFailed, match="^Roles must alternate$") as caught:
+    with pytest.raises(RenderFailed, match=r"^Roles must alternate$") as caught:
         process.render(template, [USER, USER * 2], {})
     assert caught.value.index == 1
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tokenizers import AddedToken, decoders, normalizers
-from transformers import AutoTokenizer, LlamaConfig
+from transformers import LlamaConfig
 
 from lora_runtime.adapters.folder import open_folder
 from lora_runtime.adapters.tokenizer import tokenizer_identity
