@@ -69,6 +69,7 @@ class RuntimeSettings:
     host_bytes: int = 1 << 30  # page-locked memory for adapters beside those on an accelerator; none is used on the CPU
     backend: str | None = None  # of the low-rank deltas, by its name in the registry; None: the device's default
     prepack: bool = True  # keep reordered copies of the base's projections: faster, and as much memory again
+    gguf_file: str | None = None  # the name of a GGUF file in the base's folder or repository; its weights become fp32
     quantize: str = "none"  # the base's projections: a `Quantization`; has them not prepacked
 
 
@@ -100,6 +101,7 @@ class Runtime:
                 quantize=settings.quantize,
                 device=settings.device,
                 dtype=settings.dtype,
+                gguf_file=settings.gguf_file,
             ).result()
         logger.info("base %s: low-rank deltas by the %s backend", model.spec.name, backend.name)
         stack_bytes = settings.arena_bytes // _STACKS_SHARE if backend.makes_stacks else 0
