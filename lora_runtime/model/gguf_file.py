@@ -65,13 +65,11 @@ def load_gguf(place: str, gguf_file: str, name: str) -> tuple[Any, dict[str, Any
         str(path.parent),
         gguf_file=str(path),
         config=config,
-        quantization_config=GgufConfig(dequantize=True),
+        quantization_config=GgufConfig(dequantize=True),  # which leaves none in the model's own config
         dtype=torch.float32,
         output_loading_info=True,
     )
     model, info = loaded
-    if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
-        quantizer.remove_quantization_config(model)  # its weights are plain fp32 by now
     _check_all_read(header, model, name)
     return model, info, _load_tokenizer(path, config, metadata, name)
 
