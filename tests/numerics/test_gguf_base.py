@@ -28,8 +28,8 @@ ADAPTERS: Mapping[str, Mapping[str, Any]] = {
     "output": {"target_modules": ["v_proj", "lm_head"]},
     "output-alone": {"target_modules": ["lm_head"]},
     "everything": {"target_modules": [*LINEARS, "embed_tokens", "lm_head"]},
-    "dora": {"target_modules": LINEARS, "use_dora": True},
 }
+DORA: Mapping[str, Mapping[str, Any]] = {"dora": {"target_modules": LINEARS, "use_dora": True}}
 TEXTS = (
     "short",
     "what time does the train to the coast leave tomorrow morning",
@@ -57,15 +57,17 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield Served(root / "tiny.gguf", root / "plain", runtime)
 
 
-def check_against_peft(served: Served, tokenizer: Any, adapters: Path, alpha: int) -> None:
+def check_against_peft(
+    served: Served, tokenizer: Any, root: Path, alpha: int, adapters: Mapping[str, Mapping[str, Any]]
+) -> None:
     """The base and all adapters in one mixed batch: every next-token logit is PEFT's."""
     sequences = [TokenSequence(tuple(tokenizer(text).input_ids), None) for text in TEXTS]
     rows = [Row(sequence, task=Task.GENERATE) for sequence in sequences]
     plain = TaskOracle(served.folder, None, "CAUSAL_LM")
     expected = [plain.answer(sequence) for sequence in sequences]
-    for seed, (name, config) in enumerate(ADAPTERS.items()):
+    for seed, (name, config) in enumerate(adapters.items()):
         options = {"r": 3 + seed, "lora_alpha": alpha, **config}
-        folder = make_task_adapter(served.folder, adapters / name, "CAUSAL_LM", options, seed=seed)
+        folder = make_task_adapter(served.folder, root / name, "CAUSAL_LM", options, seed=seed)
         adapter = served.runtime.load(folder).id
         resident = served.runtime.engine.hold([adapter])[adapter]
         rows += [Row(sequence, resident, Task.GENERATE) for sequence in sequences]
@@ -73,14 +75,15 @@ def check_against_peft(served: Served, tokenizer: Any, adapters: Path, alpha: in
         adapted = [oracle.answer(sequence) for sequence in sequences]
         assert min((a - b).abs().max() for a, b in zip(adapted, expected[: len(sequences)], strict=True)) > 1e-2, name
         expected += adapted
-    names = [name for name in ("base", *ADAPTERS) for _ in sequences]
+    names = [name for name in ("base", *adapters) for _ in sequences]
     for name, found, want in zip(names, served.answers(rows), expected, strict=True):
         assert found.shape == want.shape, name
         assert (found - want).abs().max() < MAX_DIFFERENCE, name
 
 
 def test_every_logit_is_that_of_peft_on_the_dequantised_weights(served: Served, tmp_path: Path) -> None:
-    check_against_peft(served, transformers.AutoTokenizer.from_pretrained(served.folder), tmp_path, alpha=8)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(served.folder)
+    check_against_peft(served, tokenizer, tmp_path, 8, {**ADAPTERS, **DORA})
 
 
 def test_it_is_the_base_that_its_weights_make(served: Served) -> None:
@@ -136,5 +139,5 @@ def test_a_packaged_language_model_is_served_as_transformers_and_peft_answer(tmp
             row = Row(TokenSequence((*prompt, *answer), None), task=Task.GENERATE)
             answer.append(int(served.answers([row])[0].argmax()))
         assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
-        # random deltas as large as a tiny base bears would have 30 layers amplify rounding beyond what is compared
-        check_against_peft(served, tokenizer, tmp_path, alpha=1)
+        # 30 layers amplify rounding: under larger random deltas, or magnitudes, PEFT itself is that far from fp64
+        check_against_peft(served, tokenizer, tmp_path, 1, ADAPTERS)
