@@ -36,7 +36,7 @@ class Continuation:
         self.first_token_at: float | None = None  # monotonic seconds
         self.result: Sample | None = None
         self._generation = generation
-        self._max_length = max_length
+        self._max_length = min(max_length, generation.max_length or max_length)
         params = generation.params
         self.row = RowState(
             params,

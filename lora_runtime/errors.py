@@ -242,3 +242,8 @@ class EngineStopped(MultiloraError):
     """The engine is draining or has stopped; another replica may answer."""
 
     reason = "ENGINE_STOPPED"
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says first, or its type."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -48,6 +48,7 @@ class Generation:
     eos_token_ids: frozenset[int] = frozenset()
     new_mask: Callable[[], LogitsMask] | None = None  # of a constraint at its start, for each sample
     on_delta: Callable[[Delta], None] | None = None
+    max_length: int | None = None  # tokens of prompt and text together; None: what the engine allows
 
 
 @dataclass(frozen=True, slots=True)

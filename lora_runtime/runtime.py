@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import queue
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -18,9 +19,11 @@ from lora_runtime.answers.vectors import unit_length
 from lora_runtime.arena import RankArena, SlotTable
 from lora_runtime.engine import Engine, EngineSettings
 from lora_runtime.errors import InvalidRequest
+from lora_runtime.generation import Delta, Generated, Sample
 from lora_runtime.kernels.grouped_lora import GroupedLora
 from lora_runtime.kernels.grouped_lora.registry import BackendResources, backend_for_base
 from lora_runtime.kernels.grouped_lora.triton_backend.capturable import CapturableLora
+from lora_runtime.kv_blocks import KvBlocks
 from lora_runtime.model.base import BaseModel, PackedBackbone
 from lora_runtime.model.capture import CudaCapture
 from lora_runtime.model.encoder_text import TextEncoder
@@ -30,6 +33,11 @@ from lora_runtime.model.kv_room import kv_blocks_of, kv_cache_for
 from lora_runtime.model.load import load_base
 from lora_runtime.model.placement import Placement, resolve_placement
 from lora_runtime.model.runner import PackedRunner
+from lora_runtime.model.text_generation import DecoderFacts, TextGeneration, decoder_facts
+from lora_runtime.predictions import Prediction, labels_of, prediction_of, single_texts, text_pairs
+from lora_runtime.prompting import Asked, Prompt
+from lora_runtime.sampling.constrained import ConstraintKind
+from lora_runtime.sampling.params import SamplingParams
 from lora_runtime.types import (
     DEFAULT_TENANT,
     AdapterId,
@@ -74,16 +82,8 @@ class RuntimeSettings:
     kv_bytes: int = 1 << 30  # keys and values of sequences that generate; on the CPU, pages are taken as they come
     kv_block_tokens: int | None = None  # of one block of them; None: what attention on the device reads fastest
     prefix_cache: bool = True  # keep those of prompts for others of the same tenant and adapter that begin alike
+    gguf_file: str | None = None  # the name of a GGUF file in the base's folder or repository; its weights become fp32
     quantize: str = "none"  # the base's projections: a `Quantization`; has them not prepacked
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """One text's answer."""
-
-    label: str  # the best one; of a regression, its only one
-    score: float
-    scores: dict[str, float]  # in the adapter's label order
 
 
 class Runtime:
@@ -105,6 +105,7 @@ class Runtime:
                 quantize=settings.quantize,
                 device=settings.device,
                 dtype=settings.dtype,
+                gguf_file=settings.gguf_file,
             ).result()
         logger.info("base %s: low-rank deltas by the %s backend", model.spec.name, backend.name)
         stack_bytes = settings.arena_bytes // _STACKS_SHARE if backend.makes_stacks else 0
@@ -112,9 +113,10 @@ class Runtime:
         slots = SlotTable(len(model.spec.sites), model.spec.groups, a_layout=backend.a_layout)
         resources = BackendResources(arena, slots, placement.dtype, stack_bytes)
         self.base_name = model.spec.name
-        self.encoders = Encoders(TextEncoder(model.tokenizer, model.spec.max_length))
         lora = backend.make(resources)
         kv = kv_cache_for(model, settings.kv_bytes, settings.kv_block_tokens, MAX_GENERATING)
+        blocks = None if kv is None else kv_blocks_of(kv, model)
+        self.encoders = Encoders(TextEncoder(model.tokenizer, model.spec.max_length), _decoder(model, blocks))
         self.runner = PackedRunner(_with_graphs(model, slots, lora, settings), slots, lora, kv)
         self.engine = Engine(
             model.spec,
@@ -131,7 +133,7 @@ class Runtime:
             ),
             host=_host_tier(settings, placement),
             fetcher=fetcher,
-            blocks=None if kv is None else kv_blocks_of(kv, model),
+            blocks=blocks,
         )
         self.engine.start()
         self._request_numbers = itertools.count(1)
@@ -180,11 +182,11 @@ class Runtime:
 
         Raises AdapterNotFound, AdapterFailed, TaskMismatch, TextTooLong, InvalidRequest for texts that are none.
         """
-        pairs = _pairs(texts)
+        pairs = text_pairs(texts)
         info, encoder, limit = self._resolve(adapter, Task.CLASSIFY)
         sequences = encoder.encode(pairs, max_length=limit, truncate=truncate)
         result = self._ask(info, Task.CLASSIFY, sequences)
-        return [_prediction(o, _labels(result)) for o in result.outputs if isinstance(o, Classification)]
+        return [prediction_of(o, labels_of(result)) for o in result.outputs if isinstance(o, Classification)]
 
     def classify_tokens(
         self,
@@ -197,10 +199,10 @@ class Runtime:
     ) -> list[tuple[TokenLabel, ...]]:
         """Label the tokens, words or entities of texts; offsets are code points of each text. Raises as `classify`."""
         info, encoder, limit = self._resolve(adapter, Task.CLASSIFY_TOKENS)
-        encoded = encoder.encode_tokens(_texts(texts), max_length=limit, truncate=truncate)
+        encoded = encoder.encode_tokens(single_texts(texts), max_length=limit, truncate=truncate)
         result = self._ask(info, Task.CLASSIFY_TOKENS, tuple(text.sequence for text in encoded))
         return [
-            label_tokens(text, output, _labels(result), unit=unit, strategy=strategy)
+            label_tokens(text, output, labels_of(result), unit=unit, strategy=strategy)
             for text, output in zip(encoded, result.outputs, strict=True)
             if isinstance(output, TokenClassification)
         ]
@@ -249,13 +251,62 @@ class Runtime:
         truncate: bool = False,
     ) -> list[tuple[float, ...]]:
         """One vector a text, by an embedding adapter or by `base`; None: as the adapter says. Raises as `classify`."""
-        pairs = _pairs(texts)
+        pairs = text_pairs(texts)
         info, encoder, limit = self._resolve(adapter, Task.EMBED)
         sequences = encoder.encode(pairs, max_length=limit, truncate=truncate)
         result = self._ask(info, Task.EMBED, sequences, pooling=pooling)
         vectors = [output.values for output in result.outputs if isinstance(output, Embedding)]
         chosen = result.card.normalize if normalize is None else normalize
         return [unit_length(vector) for vector in vectors] if chosen else vectors
+
+    def generation_for(self, info: AdapterInfo) -> TextGeneration:
+        """What generation with an adapter needs of its tokenizer; it may be read from the adapter's folder."""
+        return self.encoders.generation_for(info)
+
+    def generate(
+        self,
+        adapter: str,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams | None = None,
+        *,
+        constraint: tuple[ConstraintKind, str] | None = None,
+    ) -> list[tuple[Sample, ...]]:
+        """Continue each prompt, with `sampling.n` samples each; `base` is the base alone.
+
+        A prompt is a text, a conversation, or the values of the fields of the adapter's prompt template. `sampling`
+        None: the adapter's own defaults. Raises as `classify`.
+        """
+        if not prompts:
+            return []
+        _, future = self._submit(adapter, Asked(prompts, sampling, constraint))
+        return [output.samples for output in future.result().outputs if isinstance(output, Generated)]
+
+    def stream(
+        self,
+        adapter: str,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        *,
+        constraint: tuple[ConstraintKind, str] | None = None,
+    ) -> Iterator[Delta]:
+        """As `generate`, piece by piece as the text comes. One that is closed early cancels its request."""
+        pieces: queue.SimpleQueue[Delta | None] = queue.SimpleQueue()
+        name, future = self._submit(adapter, Asked([prompt], sampling, constraint, pieces.put))
+        future.add_done_callback(lambda _: pieces.put(None))
+        return self._pieces(pieces, name, future)
+
+    def _pieces(self, pieces: queue.SimpleQueue[Delta | None], name: str, future: Future[Result]) -> Iterator[Delta]:
+        try:
+            while (delta := pieces.get()) is not None:
+                yield delta
+            future.result()
+        finally:
+            self.engine.cancel(name)
+
+    def _submit(self, adapter: str, asked: Asked) -> tuple[str, Future[Result]]:
+        info, _, _ = self._resolve(adapter, Task.GENERATE)
+        name = f"local-{next(self._request_numbers)}"
+        return name, self.engine.submit(asked.request(name, info, self.generation_for(info)))
 
     def _resolve(self, adapter: str, task: Task) -> tuple[AdapterInfo, TextEncoder, int | None]:
         """The adapter, its encoder, and its own limit of tokens."""
@@ -284,6 +335,7 @@ class Runtime:
     def close(self, drain_seconds: float = 10.0) -> None:
         """Answer what was asked, then stop the threads. Further calls fail with EngineStopped."""
         self.engine.stop(drain_seconds)
+        self.encoders.close()
 
     def __enter__(self) -> Runtime:
         return self
@@ -292,6 +344,14 @@ class Runtime:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _decoder(model: BaseModel, blocks: KvBlocks | None) -> DecoderFacts | None:
+    """What generation needs to know of the base; None where it generates nothing."""
+    if blocks is None:
+        return None
+    facts = decoder_facts(model.config, model.generation_config, model.tokenizer)
+    return replace(facts, max_length=min(facts.max_length, blocks.max_length))
 
 
 def _with_graphs(model: BaseModel, slots: SlotTable, lora: GroupedLora, settings: RuntimeSettings) -> BaseModel:
@@ -314,36 +374,3 @@ def _host_tier(settings: RuntimeSettings, placement: Placement) -> RankArena | N
     if placement.device.type == "cpu":
         return None
     return RankArena(settings.host_bytes, placement.dtype, pin_memory=True)
-
-
-def _pairs(texts: Sequence[object]) -> list[tuple[str, str | None]]:
-    if isinstance(texts, str):
-        raise InvalidRequest("texts", "is one string; pass a list of texts")
-    pairs: list[tuple[str, str | None]] = []
-    for i, item in enumerate(texts):
-        match item:
-            case str():
-                pairs.append((item, None))
-            case (str() as text, str() as pair):
-                pairs.append((text, pair))
-            case _:
-                raise InvalidRequest(f"texts[{i}]", f"is a {type(item).__name__}; a text or a (text, pair) is needed")
-    return pairs
-
-
-def _texts(texts: Sequence[object]) -> list[str]:
-    pairs = _pairs(texts)
-    for i, (_, pair) in enumerate(pairs):
-        if pair is not None:
-            raise InvalidRequest(f"texts[{i}]", "is a pair; one text is needed")
-    return [text for text, _ in pairs]
-
-
-def _labels(result: Result) -> tuple[str, ...]:
-    assert result.card.labels is not None, "loaded weights have labels"
-    return result.card.labels
-
-
-def _prediction(output: Classification, labels: tuple[str, ...]) -> Prediction:
-    best = max(range(len(labels)), key=lambda i: output.scores[i])
-    return Prediction(labels[best], output.scores[best], dict(zip(labels, output.scores, strict=True)))

@@ -81,6 +81,7 @@ def _flag(setting: str) -> Any:
 @app.command()
 def serve(
     base: Annotated[str | None, _flag("base")] = None,
+    gguf_file: Annotated[str | None, _flag("gguf_file")] = None,
     adapters: Annotated[str | None, _flag("adapters")] = None,
     state: Annotated[Path | None, _flag("state")] = None,
     sources: Annotated[str | None, _flag("sources")] = None,

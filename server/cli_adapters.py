@@ -80,7 +80,7 @@ def _group(  # pyright: ignore[reportUnusedFunction] - typer's
 def inspect(
     path: Annotated[Path, typer.Argument(help="The adapter's folder.")],
     base: Annotated[
-        str | None, typer.Option(help="Check it against this base: a folder, or a name on the Hugging Face hub.")
+        str | None, typer.Option(help="Check it against this base: a folder, a GGUF file, or a name on the hub.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:

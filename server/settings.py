@@ -28,7 +28,14 @@ class ServeSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    base: str = Field(min_length=1, description="The base model: a folder, or a name on the Hugging Face hub.")
+    base: str = Field(
+        min_length=1, description="The base model: a folder, a GGUF file, or a name on the Hugging Face hub."
+    )
+    gguf_file: str | None = Field(
+        None,
+        min_length=1,
+        description="Name of a GGUF file in the base's folder or hub repository; its weights become fp32 at load.",
+    )
     adapters: str = Field(
         min_length=1,
         description="Where the adapters are: a folder, or a URL such as s3://bucket/adapters. TENANT/ADAPTER/VERSION/, "

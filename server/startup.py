@@ -54,6 +54,7 @@ def load_runtime(settings: ServeSettings, fetcher: Fetcher) -> Backend:
             host_bytes=settings.host_mib * MIB,
             prepack=settings.prepack,
             quantize=settings.quantize,
+            gguf_file=settings.gguf_file,
         ),
         fetcher,
     )

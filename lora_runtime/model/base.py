@@ -153,3 +153,5 @@ class BaseModel:
     placement: Placement = PROVED
     kv: KvConfig | None = None  # of a decoder that was proved to continue sequences over a KV cache
     cannot_continue: str = ""  # why there is none
+    config: Any = None  # transformers'
+    generation_config: Any = None  # transformers', None where the base has none

@@ -79,6 +79,10 @@ class Encoders:
                 self._generations.popitem(last=False)
             return found
 
+    def close(self) -> None:
+        """End the process that renders adapters' chat templates."""
+        self._renderer.close()
+
     def _load(self, info: AdapterInfo, digest: str, future: Future[TextEncoder]) -> None:
         """Settle `future`; a failure is not kept, since the folder may be mended."""
         try:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,28 +12,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging as transformers_logging
+from transformers import AutoModel, PreTrainedTokenizerBase
 
 from lora_runtime.adapters.base_spec import Array, BaseSpec, LeafKind
-from lora_runtime.adapters.config import CONFIG_FILE
 from lora_runtime.adapters.fingerprint import fingerprint_base
 from lora_runtime.adapters.metadata import BaseFingerprint
 from lora_runtime.adapters.tokenizer import tokenizer_digest
-from lora_runtime.errors import BaseModelUnsupported
+from lora_runtime.errors import BaseModelUnsupported, first_line
 from lora_runtime.heads import PooledHead, TaskHead
 from lora_runtime.heads.sequence_leaf import is_leaf
-from lora_runtime.heads.task_head import PROBE_LABELS
 from lora_runtime.kv_blocks import KvConfig
 from lora_runtime.model.base import Backbone, BaseModel, PackedBackbone, PaddedBackbone
+from lora_runtime.model.checkpoint import Source, read_checkpoint, resolve_source
 from lora_runtime.model.fuse import fuse_linears, unfuse_linears
 from lora_runtime.model.inject import make_leaves, make_sites, shared_modules, wrap_leaves
 from lora_runtime.model.observe import PROBE_BATCH, PROBE_TOKENS, Observed, observe
@@ -51,7 +40,7 @@ from lora_runtime.model.probe import (
 )
 from lora_runtime.model.prove_paged import prove_paged
 from lora_runtime.model.quantize import Quantization, check_quantization, quantize_linears
-from lora_runtime.model.skeleton import AUTO_CLASSES, Skeleton, build_skeleton, has_class
+from lora_runtime.model.skeleton import AUTO_CLASSES, Skeleton, build_skeleton, has_class, is_decoder
 from lora_runtime.types import Pooling, Site, SiteGroup, Task
 
 logger = logging.getLogger(__name__)
@@ -83,33 +72,33 @@ def load_base(
     quantize: str = "none",
     device: str = "cpu",
     dtype: str = "float32",
+    gguf_file: str | None = None,
 ) -> BaseModel:
-    """Load an encoder or a decoder by hub name or folder, prove it in fp32 on the CPU, and move it to its place.
+    """Load an encoder or a decoder by hub name or path, prove it in fp32 on the CPU, and move it to its place.
 
     `prepack`: keep reordered copies of its projections, which are faster and take as much memory again; for fp32 on
     the CPU alone. `quantize`: one of `Quantization`; quantised projections are not prepacked. The base is proved before
-    it is quantised. `device`: cpu, cuda or cuda:N. `dtype`: float32, bfloat16 or float16.
+    it is quantised. `device`: cpu, cuda or cuda:N. `dtype`: float32, bfloat16 or float16. `gguf_file`: the name of a
+    GGUF file in the folder or repository, whose weights become fp32; a path to one needs no name beside it.
 
     Raises BaseModelUnsupported when it cannot be loaded, when sequences run together are not exact, or when the device
     is not to be had. A task whose head is not exact is left out, with the reason in `BaseSpec.unserved`.
     """
-    name = Path(name_or_path).resolve().name if Path(name_or_path).exists() else str(name_or_path)
+    source = resolve_source(name_or_path, gguf_file)
     placement = resolve_placement(device, dtype)
     quantization = check_quantization(quantize, placement.device, placement.dtype)
     try:
-        return _load(name_or_path, name, prepack and placement.is_proved, quantization, placement)
+        return _load(source, prepack and placement.is_proved, quantization, placement)
     except BaseModelUnsupported:
         raise
     except Exception as error:  # the code of some two hundred architectures, not made for what is asked of it here
-        message = f"base {name}: its architecture cannot be run here ({_first_line(error)})"
-        raise BaseModelUnsupported(message, base=name) from error
+        message = f"base {source.name}: its architecture cannot be run here ({first_line(error)})"
+        raise BaseModelUnsupported(message, base=source.name) from error
 
 
-def _load(
-    name_or_path: str | Path, name: str, prepack: bool, quantization: Quantization, placement: Placement
-) -> BaseModel:
-    primary, absent, tokenizer = _from_pretrained(name_or_path, name)
-    looked = _look(primary, absent)
+def _load(source: Source, prepack: bool, quantization: Quantization, placement: Placement) -> BaseModel:
+    name, checkpoint = source.name, read_checkpoint(source)
+    looked = _look(checkpoint.model, set(checkpoint.missing))
     heads = _make_heads(looked)
     linears = {path: linear for head in heads.values() for path, linear in head.sequence_linears.items()}
     sites, groups = make_sites(looked.observed, linears)
@@ -125,7 +114,9 @@ def _load(
     _prove_heads(heads, looked, groups, name)
     pooled = PooledHead(Pooling.LAST if looked.decoder else Pooling.MEAN)
     all_heads: dict[Task, TaskHead | PooledHead] = {**heads, Task.EMBED: pooled}
-    spec = _make_spec(name, looked, backbone, all_heads, linears, sites, groups, tokenizer)  # of the host's weights
+    spec = _make_spec(
+        name, looked, backbone, all_heads, linears, sites, groups, checkpoint.tokenizer
+    )  # of the host's weights
     if not placement.is_proved:
         place_modules([looked.backbone, *(head.module for head in heads.values())], placement)
         backbone = replace(backbone, inputs=replace(backbone.inputs, device=placement.device))
@@ -140,7 +131,8 @@ def _load(
         kv = replace(kv, itemsize=placement.dtype.itemsize)
     else:
         logger.info("base %s: generates no text: %s", name, cannot_continue)
-    return BaseModel(spec, backbone, all_heads, tokenizer, placement, kv, cannot_continue)
+    configs = checkpoint.model.config, getattr(checkpoint.model, "generation_config", None)
+    return BaseModel(spec, backbone, all_heads, checkpoint.tokenizer, placement, kv, cannot_continue, *configs)
 
 
 def _prove_paged(
@@ -180,12 +172,6 @@ def _check_placed(check: Callable[[], None], backbone: nn.Module, *, fuse: bool)
         logger.debug("projections are multiplied one by one: %s", error)
         unfuse_linears(fused)
         check()
-
-
-def is_decoder(config: Any) -> bool:
-    """Whether the architecture predicts the next token, and is not an encoder that could be made to."""
-    causal, masked = (auto._model_mapping for auto in (AutoModelForCausalLM, AutoModelForMaskedLM))  # pyright: ignore
-    return type(config) in causal and type(config) not in masked
 
 
 def _look(primary: Any, absent: set[str]) -> _Looked:
@@ -329,64 +315,7 @@ def _tokenizer_json(tokenizer: Any) -> str:
     return tokenizer.backend_tokenizer.to_str()
 
 
-def _from_pretrained(name_or_path: str | Path, name: str) -> tuple[Any, set[str], PreTrainedTokenizerBase]:
-    """The task class, the parameters its checkpoint lacks, and the tokenizer."""
-    if str(name_or_path).startswith(("/", ".", "~")) and not Path(name_or_path).is_dir():
-        raise BaseModelUnsupported(f"base {name_or_path}: is not a folder", base=str(name_or_path))
-    if (Path(name_or_path) / CONFIG_FILE).exists():
-        raise BaseModelUnsupported(
-            f"base {name}: the folder holds an adapter; give the base it was trained on", base=name
-        )
-    try:
-        with _quiet():
-            model, info = _load_class(str(name_or_path), name)
-            tokenizer = AutoTokenizer.from_pretrained(str(name_or_path))
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise BaseModelUnsupported(f"base {name}: cannot be loaded ({_first_line(error)})", base=name) from error
-    missing = {str(key) for key in info["missing_keys"]} | {str(entry[0]) for entry in info["mismatched_keys"]}
-    lacking = sorted(key for key in missing if key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key)
-    if lacking:
-        raise BaseModelUnsupported(
-            f"base {name}: its checkpoint lacks {lacking[0]} and {len(lacking) - 1} more", base=name
-        )
-    if not getattr(tokenizer, "is_fast", False):
-        raise BaseModelUnsupported(f"base {name}: has no fast tokenizer (tokenizer.json)", base=name)
-    return model, missing, tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _load_class(source: str, name: str) -> tuple[Any, dict[str, Any]]:
-    """A decoder with its output layer; an encoder with its classifier, for the pooler and the like."""
-    config = AutoConfig.from_pretrained(source)
-    if config.is_encoder_decoder:
-        raise BaseModelUnsupported(f"base {name}: is an encoder-decoder, which is not served yet", base=name)
-    if is_decoder(config):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True)
-    else:
-        loaded = AutoModelForSequenceClassification.from_pretrained(
-            source, num_labels=PROBE_LABELS, ignore_mismatched_sizes=True, output_loading_info=True
-        )
-    return loaded
-
-
 def _max_length(config: Any, tokenizer: PreTrainedTokenizerBase, backbone: Backbone) -> int:
     """Tokens: the base's positions, less the RoBERTa family's offset, and no more than its tokenizer says."""
     padding_idx = backbone.inputs.padding_idx
     return min(num_positions(config) - (0 if padding_idx is None else padding_idx + 1), int(tokenizer.model_max_length))
-
-
-@contextmanager
-def _quiet() -> Generator[None]:
-    """Without transformers' progress bars and load reports: a missing classifier is what we expect."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -52,6 +53,12 @@ class Skeleton:
 def has_class(task: Task, config: Any) -> bool:
     """Whether transformers has a class for the task on this architecture."""
     return type(config) in AUTO_CLASSES[task]._model_mapping  # pyright: ignore[reportPrivateUsage]
+
+
+def is_decoder(config: Any) -> bool:
+    """Whether the architecture predicts the next token, and is not an encoder that could be made to."""
+    causal, masked = (auto._model_mapping for auto in (AutoModelForCausalLM, AutoModelForMaskedLM))  # pyright: ignore
+    return type(config) in causal and type(config) not in masked
 
 
 def build_skeleton(task: Task, primary: Any, backbone: nn.Module, absent: set[str]) -> Skeleton:
