@@ -8,7 +8,7 @@ call answers a batch of adapters with different numbers of labels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -77,6 +77,12 @@ class TaskHead:
         for site in sites:
             if site.per_sequence and site.name in self._layers:
                 self._layers[site.name].set_site(site, groups[site.group])
+
+    def prepack_output(
+        self, make: Callable[[nn.Module], Callable[[torch.Tensor], torch.Tensor] | None], few: int
+    ) -> None:
+        """Have the output layer multiply more rows than `few` by what `make` gives for it (see SequenceLinear)."""
+        self._output.prepack(make, few)
 
     @property
     def module(self) -> nn.Module:

@@ -162,9 +162,13 @@ class ColumnStore:
         shape = config.num_layers, config.num_kv_heads, num_blocks
         self.k = torch.zeros(*shape, config.head_dim, block_tokens)
         self.v = torch.zeros(*shape, block_tokens, config.head_dim)
+        self._written: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None  # slots, their blocks and offsets
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
-        self.k[layer][:, slots // self._block_tokens, :, slots % self._block_tokens] = k
+        if self._written is None or self._written[0] is not slots:  # of a step all layers write to the same
+            self._written = slots, slots // self._block_tokens, slots % self._block_tokens
+        _, blocks, offsets = self._written
+        self.k[layer][:, blocks, :, offsets] = k
         self.v[layer].flatten(1, 2).index_copy_(1, slots, v.transpose(0, 1))
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:

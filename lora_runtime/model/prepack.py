@@ -4,6 +4,9 @@ Measured on AVX2 with 2 threads in fp32, from 384 x 384 to 768 x 3072: 1.1 to 1.
 1.4 with 256, 1.1 to 2.6 with 16; slower only at 384 x 384 with one row. The operators are those that torch's compiler
 uses for frozen weights.
 
+With AVX-512 and 2 threads, the projections of a 135M decoder took 1.3 times as long as plain ones with 1 or 2 rows,
+which therefore stay plain (`wrapped.FEW_ROWS`), and 0.3 to 0.4 times with 16; so did its output layer of 49,152 tokens.
+
 oneDNN compiles a product for each number of rows that it meets. torch and oneDNN both keep 1,024 of them, some 0.5 MB
 each: here 32, unless the environment says otherwise. A step needs one for each shape of projection.
 """
@@ -58,6 +61,12 @@ def prepack_linears(backbone: nn.Module, *, together: bool = True) -> int:
     if refused:
         _log.warning("%d projections are not prepacked and may be slower: %s …", len(refused), refused[0])
     return num_bytes
+
+
+def prepack_output(linear: nn.Module) -> Product | None:
+    """The product of an output layer with a reordered copy of its weight; None where oneDNN does not multiply it as
+    exactly, or the layer is of another class than is known here."""
+    return _prepacked([linear]) if _weight(linear) is not None else None
 
 
 def members_of_groups(able: Sequence[LoraLinear], *, together: bool = True) -> list[list[LoraLinear]]:
