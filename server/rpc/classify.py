@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from lora_runtime.errors import InvalidRequest
-from lora_runtime.types import AdapterCard, Classification, Result, Task, TokenSequence
-from server.backend import TextEncoder
+from lora_runtime.types import Classification, Result, Task, TokenSequence
 from server.pb.multilora.v1 import inference_pb2
-from server.rpc.call import Call, Prepared, labels_of, outputs_of, text_pairs
+from server.rpc.call import Call, Prepared, Target, labels_of, outputs_of, text_pairs
 
 
 def _check(request: inference_pb2.ClassifyRequest) -> None:
@@ -15,10 +14,10 @@ def _check(request: inference_pb2.ClassifyRequest) -> None:
 
 
 def _prepare(
-    request: inference_pb2.ClassifyRequest, encoder: TextEncoder, card: AdapterCard
+    request: inference_pb2.ClassifyRequest, target: Target
 ) -> Prepared[inference_pb2.ClassifyResponse]:
     texts = text_pairs(request.inputs)
-    sequences = encoder.encode(texts, max_length=card.max_length, truncate=request.truncate)
+    sequences = target.encoder.encode(texts, max_length=target.card.max_length, truncate=request.truncate)
     return Prepared(sequences, lambda result: _response(request, sequences, result))
 
 
