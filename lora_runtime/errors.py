@@ -65,14 +65,14 @@ class InvalidRequest(MultiloraError):
 
 
 class TextTooLong(InvalidRequest):
-    """A text has more tokens than the adapter allows and truncation was not asked for."""
+    """A text has more tokens than the adapter allows, and truncation was not asked for or is none of its options."""
 
     reason = "TEXT_TOO_LONG"
 
-    def __init__(self, field: str, num_tokens: int, limit: int) -> None:
+    def __init__(self, field: str, num_tokens: int, limit: int, *, remedy: str = "shorten it or set truncate") -> None:
         super().__init__(
             field,
-            f"has {num_tokens} tokens, the limit is {limit}; shorten it or set truncate",
+            f"has {num_tokens} tokens, the limit is {limit}; {remedy}",
             num_tokens=num_tokens,
             limit=limit,
         )

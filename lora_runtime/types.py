@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lora_runtime.errors import AdapterFailed, InvalidRequest, MultiloraError, TaskMismatch
 from lora_runtime.generation import Generated, Generation
+from lora_runtime.prompts.spec import PromptSpec
 
 DEFAULT_TENANT = "default"
 BASE_NAME = "base"  # reserved: the base model without an adapter
@@ -227,6 +228,7 @@ class AdapterCard:
     token_types: bool = True  # False: the second text of a pair has type 0 too, as in the adapter's training
     tokenizer_sha256: str | None = None  # over the files of the folder's own tokenizer; None: the base's is used
     num_token_ids: int | None = None  # rows of the embedding that it uses; None: not known
+    prompt: PromptSpec | None = None  # of a GENERATE adapter whose multilora.json says something of it
 
 
 @dataclass(frozen=True, slots=True)

@@ -138,6 +138,7 @@ class CardFiles:
             metrics=self.metadata.metrics if self.metadata else {},
             invocation_tokens=tuple(self.config.alora_invocation_tokens) or None,
             token_types=self._token_types(),
+            prompt=self.metadata.prompt if self.metadata else None,
         )
         if task in LABELLED_TASKS:
             assert num_labels is not None

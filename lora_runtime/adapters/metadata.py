@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lora_runtime.errors import AdapterRejected
+from lora_runtime.prompts.spec import PromptSpec, sampling_defaults
+from lora_runtime.prompts.template import MAX_TEMPLATE_CHARS, PromptTemplate, check_encodable
 from lora_runtime.types import Pooling, ProblemType, Task
 
 METADATA_FILE = "multilora.json"
@@ -21,6 +23,7 @@ MAX_JSON_BYTES = 4 << 20
 MAX_TOKENS = (1 << 31) - 1  # what the protocol can say
 
 LABELLED_TASKS = frozenset({Task.CLASSIFY, Task.CLASSIFY_TOKENS})
+_OF_GENERATE = ("prompt_template", "prompt_is_chat", "system_prompt", "generation")
 
 Label = Annotated[str, Field(max_length=256)]
 
@@ -55,6 +58,10 @@ class AdapterMetadata(BaseModel):
     pooling: Pooling | None = None  # of an EMBED adapter
     normalize: bool = False  # whether an EMBED adapter's vectors are divided by their length
     token_types: bool | None = None  # whether training told the texts of a pair apart; None: as PEFT's class does
+    prompt_template: str | None = None  # of a GENERATE adapter, as are the next three: see `prompts/template.py`
+    prompt_is_chat: bool = False  # the rendered template is the user's message of the tokenizer's chat template
+    system_prompt: str | None = Field(default=None, max_length=MAX_TEMPLATE_CHARS)  # the system's before it
+    generation: dict[str, Any] | None = None  # defaults of sampling: see `prompts.spec.sampling_defaults`
     base_model_name: str | None = None
     base: BaseFingerprint | None = None
     digests: dict[str, str] = Field(default_factory=dict[str, str])  # file name → SHA-256, this file excluded
@@ -71,9 +78,51 @@ class AdapterMetadata(BaseModel):
             raise ValueError(f"adapters that {self.task} have neither pooling nor normalize")
         return self
 
+    @model_validator(mode="after")
+    def _prompt_is_that_of_a_generator(self) -> AdapterMetadata:
+        asked = [name for name in _OF_GENERATE if getattr(self, name) not in (None, False)]
+        if asked and self.task is not Task.GENERATE:
+            raise ValueError(f"adapters that {self.task} have no {asked[0]}; it is for those that generate")
+        if self.prompt_is_chat and self.prompt_template is None:
+            raise ValueError("prompt_is_chat needs a prompt_template, which becomes the user's message")
+        if self.system_prompt is not None and not self.prompt_is_chat:
+            raise ValueError("system_prompt needs prompt_is_chat: a plain prompt has no system's message")
+        return self
+
+    @field_validator("prompt_template")
+    @classmethod
+    def _template_parses(cls, text: str | None) -> str | None:
+        if text is not None:
+            PromptTemplate.parse(text)
+        return text
+
+    @field_validator("system_prompt")
+    @classmethod
+    def _system_is_text(cls, text: str | None) -> str | None:
+        if text is not None:
+            check_encodable(text)
+        return text
+
+    @field_validator("generation")
+    @classmethod
+    def _defaults_are_valid(cls, content: dict[str, Any] | None) -> dict[str, Any] | None:
+        if content is not None:
+            sampling_defaults(content)
+        return content
+
+    @property
+    def prompt(self) -> PromptSpec | None:
+        """What the four fields of generation say, None where none does."""
+        if self.prompt_template is None and not self.generation:
+            return None
+        template = None if self.prompt_template is None else PromptTemplate.parse(self.prompt_template)
+        defaults = sampling_defaults(self.generation or {})
+        return PromptSpec(template, self.prompt_is_chat, self.system_prompt, defaults)
+
     def write(self, folder: Path) -> None:
         """Write `folder/multilora.json`, indented, keys in declaration order."""
-        text = self.model_dump_json(indent=2, exclude_none=True, exclude={} if self.normalize else {"normalize"})
+        unsaid = {name for name in ("normalize", "prompt_is_chat") if not getattr(self, name)}
+        text = self.model_dump_json(indent=2, exclude_none=True, exclude=unsaid)
         (folder / METADATA_FILE).write_text(text + "\n", encoding="utf-8")
 
 

@@ -53,6 +53,11 @@ class TextEncoder:
         self._local = threading.local()
         self._copying = threading.Lock()
 
+    @property
+    def tokenizer(self) -> Any:
+        """For its facts: vocabulary, special tokens, templates. Encoding with it is not thread-safe."""
+        return self._tokenizer
+
     def with_tokenizer(self, tokenizer: Any) -> TextEncoder:
         """An encoder for the same base with another tokenizer, which from now on makes the inputs the base's makes.
 
@@ -74,6 +79,11 @@ class TextEncoder:
             _sequence(*self._encoding(i, text, pair, limit, truncate, offsets=False))
             for i, (text, pair) in enumerate(inputs)
         )
+
+    def encode_text(self, field: str, text: str, *, add_special_tokens: bool) -> TokenSequence:
+        """Tokenise one text that came in `field`, whatever its length and even where it has no tokens."""
+        check_encodable(field, text)
+        return _sequence(self._own()(text, add_special_tokens=add_special_tokens, verbose=False), truncated=False)
 
     def encode_tokens(self, texts: Sequence[str], *, max_length: int | None, truncate: bool) -> tuple[TokenText, ...]:
         """Tokenise each text, with the place of every token; errors and truncation as in `encode`."""
@@ -133,8 +143,8 @@ class TextEncoder:
     ) -> tuple[Any, bool]:
         """The tokenizer's result for one input, within `limit` tokens, and whether it was truncated to that."""
         field = f"inputs[{i}].text"
-        _check_encodable(field, text)
-        _check_encodable(f"inputs[{i}].text_pair", pair or "")
+        check_encodable(field, text)
+        check_encodable(f"inputs[{i}].text_pair", pair or "")
         tokenizer = self._own()
         encoding = tokenizer(text, pair, return_offsets_mapping=offsets, verbose=False)
         num_tokens = len(encoding["input_ids"])
@@ -151,7 +161,7 @@ class TextEncoder:
 
     def _pair(self, i: int, question: str, context: str) -> _Pair:
         for name, text in (("question", question), ("context", context)):
-            _check_encodable(f"inputs[{i}].{name}", text)
+            check_encodable(f"inputs[{i}].{name}", text)
         tokenizer = self._own()
         encoding = tokenizer(question, context, return_offsets_mapping=True, verbose=False)
         parts = encoding.sequence_ids(0)
@@ -233,7 +243,8 @@ def _spread(own: list[int], values: list[Any], num_tokens: int) -> tuple[Any, ..
     return tuple(placed.get(k) for k in range(num_tokens))
 
 
-def _check_encodable(field: str, text: str) -> None:
+def check_encodable(field: str, text: str) -> None:
+    """Raise InvalidRequest when `text`, which came in `field`, has a lone surrogate."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -12,8 +12,9 @@ from transformers import AutoTokenizer
 
 from lora_runtime.adapters.folder import open_folder
 from lora_runtime.adapters.tokenizer import TOKENIZER_FILE, tokenizer_identity
-from lora_runtime.errors import AdapterRejected
+from lora_runtime.errors import AdapterRejected, InvalidRequest
 from lora_runtime.model.encoder_text import TextEncoder
+from lora_runtime.model.text_generation import DecoderFacts, TextGeneration
 from lora_runtime.types import AdapterInfo
 
 MAX_CACHED = 64  # encoders beside the base's; each costs its vocabulary once per thread that uses it
@@ -26,10 +27,12 @@ class Encoders:
     several threads ask for at once is loaded once; the ones used least recently go when there are too many.
     """
 
-    def __init__(self, base: TextEncoder) -> None:
+    def __init__(self, base: TextEncoder, decoder: DecoderFacts | None = None) -> None:
         self.base = base
+        self.decoder = decoder
         self._lock = threading.Lock()
         self._cached: OrderedDict[str, Future[TextEncoder]] = OrderedDict()
+        self._generations: OrderedDict[tuple[str | None, int | None], TextGeneration] = OrderedDict()
 
     def for_adapter(self, info: AdapterInfo) -> TextEncoder:
         """The encoder of an adapter's texts; its `max_length` is the base's.
@@ -50,6 +53,27 @@ class Encoders:
         if loads:
             self._load(info, digest, future)
         return future.result()
+
+    def generation_for(self, info: AdapterInfo) -> TextGeneration:
+        """What generation with an adapter needs of its tokenizer, kept as its encoder is.
+
+        Blocks and raises as `for_adapter`; InvalidRequest on `adapter` when the base is no decoder.
+        """
+        if self.decoder is None:
+            problem = "the served base is an encoder, which generates no text; ask a server whose base is a decoder"
+            raise InvalidRequest("adapter", problem)
+        encoder = self.for_adapter(info)
+        card = info.card
+        key = (card.tokenizer_sha256, card.num_token_ids) if card else (None, None)
+        with self._lock:
+            found = self._generations.get(key)
+            if found is None or found.encoder is not encoder:
+                found = TextGeneration(encoder, self.decoder, base=self.base, vocab_size=key[1])
+                self._generations[key] = found
+            self._generations.move_to_end(key)
+            if len(self._generations) > MAX_CACHED:
+                self._generations.popitem(last=False)
+            return found
 
     def _load(self, info: AdapterInfo, digest: str, future: Future[TextEncoder]) -> None:
         """Settle `future`; a failure is not kept, since the folder may be mended."""

@@ -1,0 +1,1 @@
+"""How a request's texts become a prompt: an adapter's template, a conversation, the rendering of chat templates."""
