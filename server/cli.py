@@ -115,6 +115,8 @@ def serve(
     max_batch_sequences: Annotated[int | None, _flag("max_batch_sequences")] = None,
     max_inputs: Annotated[int | None, _flag("max_inputs")] = None,
     max_input_chars: Annotated[int | None, _flag("max_input_chars")] = None,
+    max_new_tokens: Annotated[int | None, _flag("max_new_tokens")] = None,
+    stream_stall_seconds: Annotated[float | None, _flag("stream_stall_seconds")] = None,
     max_queued_sequences: Annotated[int | None, _flag("max_queued_sequences")] = None,
     max_message_mib: Annotated[int | None, _flag("max_message_mib")] = None,
     grace: Annotated[float | None, _flag("grace")] = None,

@@ -11,6 +11,7 @@ from lora_runtime.errors import InvalidRequest
 from lora_runtime.types import Result, SpanLogits, Task
 from server.pb.multilora.v1 import inference_pb2
 from server.rpc.call import Call, Prepared, Target, outputs_of
+from server.rpc.generated_answer import GENERATED_ANSWER
 
 if TYPE_CHECKING:  # brings transformers
     from lora_runtime.model.encoder_text import Window
@@ -96,4 +97,4 @@ def _answer(context: str, span: Span) -> inference_pb2.Answer:
     )
 
 
-ANSWER_QUESTION = Call(Task.ANSWER, _check, _prepare)
+ANSWER_QUESTION = Call(Task.ANSWER, _check, _prepare, otherwise=GENERATED_ANSWER)

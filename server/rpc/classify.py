@@ -13,9 +13,7 @@ def _check(request: inference_pb2.ClassifyRequest) -> None:
         raise InvalidRequest("top_k", f"{request.top_k} is less than 1; leave it unset to get every label")
 
 
-def _prepare(
-    request: inference_pb2.ClassifyRequest, target: Target
-) -> Prepared[inference_pb2.ClassifyResponse]:
+def _prepare(request: inference_pb2.ClassifyRequest, target: Target) -> Prepared[inference_pb2.ClassifyResponse]:
     texts = text_pairs(request.inputs)
     sequences = target.encoder.encode(texts, max_length=target.card.max_length, truncate=request.truncate)
     return Prepared(sequences, lambda result: _response(request, sequences, result))

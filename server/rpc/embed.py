@@ -20,9 +20,7 @@ def _check(request: inference_pb2.EmbedRequest) -> None:
         raise InvalidRequest("pooling", f"{request.pooling} is not a Pooling; leave it unset for the adapter's own")
 
 
-def _prepare(
-    request: inference_pb2.EmbedRequest, target: Target
-) -> Prepared[inference_pb2.EmbedResponse]:
+def _prepare(request: inference_pb2.EmbedRequest, target: Target) -> Prepared[inference_pb2.EmbedResponse]:
     texts = text_pairs(request.inputs)
     sequences = target.encoder.encode(texts, max_length=target.card.max_length, truncate=request.truncate)
     # always named, so that the pooling in the reply is the one that was used
