@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lora_runtime.errors import InvalidRequest
-from lora_runtime.generation import Generated
+from lora_runtime.generation import Generated, Sample
 from lora_runtime.prompts.spec import PromptSpec
 from lora_runtime.types import AdapterCard, Result, Task, TokenSequence
 from server.pb.multilora.v1 import inference_pb2
@@ -63,15 +63,15 @@ def _check_languages(languages: dict[str, str], spec: PromptSpec | None) -> None
 
 def _response(sequences: tuple[TokenSequence, ...], result: Result) -> inference_pb2.TranslateResponse:
     outputs = outputs_of(result, Generated)
-    samples = [output.samples[0] for output in outputs]
     return inference_pb2.TranslateResponse(
-        results=[
-            inference_pb2.TranslateResult(
-                text=sample.text, finish_reason=FINISH_REASONS[sample.finish_reason], num_tokens=len(sample.tokens)
-            )
-            for sample in samples
-        ],
+        results=[_result(output.samples[0]) for output, _ in zip(outputs, sequences, strict=True)],
         usage=usage(sequences, outputs),
+    )
+
+
+def _result(sample: Sample) -> inference_pb2.TranslateResult:
+    return inference_pb2.TranslateResult(
+        text=sample.text, finish_reason=FINISH_REASONS[sample.finish_reason], num_tokens=len(sample.tokens)
     )
 
 

@@ -85,7 +85,7 @@ def _payer(request: Request) -> str:
 
 
 def num_generated_tokens(result: Result) -> int:
-    """Over all sequences and samples; 0 for other tasks."""
+    """Over all sequences and samples of a generating request."""
     generated = (output for output in result.outputs if isinstance(output, Generated))
     return sum(len(sample.tokens) for output in generated for sample in output.samples)
 
@@ -120,7 +120,7 @@ class UsageMeter(EngineObserver):
                 counts.requests_failed += 1
                 tenant.requests_failed += 1
                 return
-            num_generated = num_generated_tokens(result)
+            num_generated = 0 if request.generation is None else num_generated_tokens(result)
             counts.add_answer(len(request.sequences), num_tokens, num_generated, result)
             tenant.requests_ok += 1
             tenant.tokens += num_tokens
