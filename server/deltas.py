@@ -12,6 +12,8 @@ from typing import Protocol
 from lora_runtime.generation import Delta
 from lora_runtime.sampling.tokens import SampledToken
 
+_MAX_PIECE_CHARS, _MAX_PIECE_TOKENS = 1 << 16, 1024  # a message that has one stays far below the 4 MiB clients take
+
 
 class DeltaAccount(Protocol):
     """Who wants to know of each delta, when it is seen in the loop; `at_s` is `time.monotonic()` of its making."""
@@ -21,15 +23,21 @@ class DeltaAccount(Protocol):
 
 @dataclass(slots=True)
 class Piece:
-    """What one sample got since its reader looked last."""
+    """What one sample got since its reader looked last, or a part of it."""
 
     sample: int
     _texts: list[str] = field(default_factory=list[str])
     tokens: list[SampledToken] = field(default_factory=list[SampledToken])
+    _num_chars: int = 0
 
     def append(self, delta: Delta) -> None:
         self._texts.append(delta.text)
+        self._num_chars += len(delta.text)
         self.tokens.extend(delta.tokens)
+
+    @property
+    def is_full(self) -> bool:
+        return self._num_chars >= _MAX_PIECE_CHARS or len(self.tokens) >= _MAX_PIECE_TOKENS
 
     @property
     def text(self) -> str:
@@ -47,7 +55,8 @@ class DeltaStream:
         self._hub = hub
         self._account = account
         self._keeps_text = keeps_text
-        self._pieces: dict[int, Piece] = {}  # by sample, the one that has waited longest first
+        self._pieces: list[Piece] = []  # the one that has waited longest first
+        self._growing: dict[int, Piece] = {}  # those of them that take more, by sample
         self._changed = asyncio.Event()
         self._ended = False
         self._closed = False
@@ -63,18 +72,18 @@ class DeltaStream:
     async def take(self) -> list[Piece]:
         """What has come and was not taken, once there is some; nothing after the last.
 
-        A sample has one piece, however many deltas it got.
+        A sample has one piece, however many deltas it got, and more only where that would be a large one.
         """
         while not self._pieces and not self._ended:
             self._changed.clear()
             await self._changed.wait()
-        pieces, self._pieces = [*self._pieces.values()], {}
+        pieces, self._pieces, self._growing = self._pieces, [], {}
         return pieces
 
     def close(self) -> None:
         """Nobody reads any more, and nothing is accounted for any more."""
         self._closed = True
-        self._pieces.clear()
+        self._pieces, self._growing = [], {}
 
     def put(self, delta: Delta | None, at_s: float) -> None:
         """The hub's: one delta, None after the last."""
@@ -86,8 +95,15 @@ class DeltaStream:
             self._account.add(delta, at_s)
             if not self._keeps_text:
                 return
-            self._pieces.setdefault(delta.sample, Piece(delta.sample)).append(delta)
+            self._keep(delta)
         self._changed.set()
+
+    def _keep(self, delta: Delta) -> None:
+        piece = self._growing.get(delta.sample)
+        if piece is None or piece.is_full:
+            piece = self._growing[delta.sample] = Piece(delta.sample)
+            self._pieces.append(piece)
+        piece.append(delta)
 
 
 class DeltaHub:
