@@ -27,6 +27,9 @@ LAZY_COMMANDS = {
     "demo": "server.cli_demo:demo_app",
     "adapters": "server.cli_adapters:adapters_app",
     "keys": "server.cli_keys:keys_app",
+    "generate": "server.cli_generate:generate_app",
+    "translate": "server.cli_generate:translate_app",
+    "chat": "server.cli_generate:chat_app",
 }
 
 
