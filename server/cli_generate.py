@@ -21,10 +21,10 @@ _Adapter = Annotated[
 ]
 _Prompt = Annotated[
     str | None,
-    typer.Argument(metavar="[PROMPT|-]", show_default=False, help="What the model continues; - is standard input."),
+    typer.Argument(metavar="PROMPT|-", show_default=False, help="What the model continues; - is standard input."),
 ]
 _Text = Annotated[
-    str | None, typer.Argument(metavar="[TEXT|-]", show_default=False, help="What to translate; - is standard input.")
+    str | None, typer.Argument(metavar="TEXT|-", show_default=False, help="What to translate; - is standard input.")
 ]
 _Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON for each reply.")]
 _Temperature = Annotated[float | None, typer.Option(help="Higher: more varied; 0: the likeliest text.")]

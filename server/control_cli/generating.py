@@ -85,14 +85,17 @@ def prompt_of(prompt: str | None, fields: Sequence[str]) -> pb.PromptInput:
 
 
 def text_of(text: str | None, name: str, otherwise: str = "") -> str:
-    """The argument, or standard input for `-` and where nothing is given; raises ControlError on a terminal."""
+    """The argument, or standard input without its last newline for `-` and where nothing is given.
+
+    Raises ControlError where nothing is given on a terminal.
+    """
     if text is not None and text != "-":
         return text
     if text is None and sys.stdin.isatty():
         others = f", {otherwise}" if otherwise else ""
         raise ControlError(f"give a {name}{others}, or - to type it and end with Ctrl-D")
     try:
-        return sys.stdin.read()
+        return sys.stdin.read().removesuffix("\n")
     except UnicodeDecodeError:
         raise ControlError("standard input is not UTF-8") from None
 
