@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from lora_runtime.errors import AdapterRejected
 from lora_runtime.prompts.spec import PromptSpec, sampling_defaults
-from lora_runtime.prompts.template import MAX_TEMPLATE_CHARS, PromptTemplate, check_encodable
+from lora_runtime.prompts.template import PromptTemplate, check_text
 from lora_runtime.types import Pooling, ProblemType, Task
 
 METADATA_FILE = "multilora.json"
@@ -60,7 +60,7 @@ class AdapterMetadata(BaseModel):
     token_types: bool | None = None  # whether training told the texts of a pair apart; None: as PEFT's class does
     prompt_template: str | None = None  # of a GENERATE adapter, as are the next three: see `prompts/template.py`
     prompt_is_chat: bool = False  # the rendered template is the user's message of the tokenizer's chat template
-    system_prompt: str | None = Field(default=None, max_length=MAX_TEMPLATE_CHARS)  # the system's before it
+    system_prompt: str | None = None  # the system's before it
     generation: dict[str, Any] | None = None  # defaults of sampling: see `prompts.spec.sampling_defaults`
     base_model_name: str | None = None
     base: BaseFingerprint | None = None
@@ -100,7 +100,7 @@ class AdapterMetadata(BaseModel):
     @classmethod
     def _system_is_text(cls, text: str | None) -> str | None:
         if text is not None:
-            check_encodable(text)
+            check_text(text)
         return text
 
     @field_validator("generation")

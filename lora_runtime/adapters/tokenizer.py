@@ -14,7 +14,9 @@ from lora_runtime.errors import AdapterRejected
 
 TOKENIZER_FILE = "tokenizer.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
-_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", ADDED_TOKENS_FILE)  # they too change what ids a text has
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+# they too change what ids a text has
+_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", ADDED_TOKENS_FILE, CHAT_TEMPLATE_FILE)
 MAX_TOKENIZER_BYTES = 128 << 20
 
 _MAX_FACTS = 1000

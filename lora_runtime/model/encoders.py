@@ -14,6 +14,7 @@ from lora_runtime.adapters.folder import open_folder
 from lora_runtime.adapters.tokenizer import TOKENIZER_FILE, tokenizer_identity
 from lora_runtime.errors import AdapterRejected, InvalidRequest
 from lora_runtime.model.encoder_text import TextEncoder
+from lora_runtime.model.template_process import TemplateProcess
 from lora_runtime.model.text_generation import DecoderFacts, TextGeneration
 from lora_runtime.types import AdapterInfo
 
@@ -32,6 +33,7 @@ class Encoders:
         self.decoder = decoder
         self._lock = threading.Lock()
         self._cached: OrderedDict[str, Future[TextEncoder]] = OrderedDict()
+        self._renderer = TemplateProcess()
         self._generations: OrderedDict[tuple[str | None, int | None], TextGeneration] = OrderedDict()
 
     def for_adapter(self, info: AdapterInfo) -> TextEncoder:
@@ -68,7 +70,9 @@ class Encoders:
         with self._lock:
             found = self._generations.get(key)
             if found is None or found.encoder is not encoder:
-                found = TextGeneration(encoder, self.decoder, base=self.base, vocab_size=key[1])
+                found = TextGeneration(
+                    encoder, self.decoder, base=self.base, renderer=self._renderer, vocab_size=key[1]
+                )
                 self._generations[key] = found
             self._generations.move_to_end(key)
             if len(self._generations) > MAX_CACHED:

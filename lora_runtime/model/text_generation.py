@@ -11,6 +11,7 @@ from lora_runtime.errors import InvalidRequest, TextTooLong
 from lora_runtime.model.chat_text import ChatText
 from lora_runtime.model.encoder_text import TextEncoder
 from lora_runtime.model.probe import num_positions
+from lora_runtime.model.template_process import TemplateProcess
 from lora_runtime.prompts.chat import Chat
 from lora_runtime.sampling.constrained import ConstraintCompiler, ConstraintKind
 from lora_runtime.sampling.detokenize import Detokenizer, TokenText
@@ -43,7 +44,13 @@ class TextGeneration:
     """
 
     def __init__(
-        self, encoder: TextEncoder, decoder: DecoderFacts, *, base: TextEncoder, vocab_size: int | None = None
+        self,
+        encoder: TextEncoder,
+        decoder: DecoderFacts,
+        *,
+        base: TextEncoder,
+        renderer: TemplateProcess,
+        vocab_size: int | None = None,
     ) -> None:
         tokenizer = encoder.tokenizer
         self.encoder = encoder
@@ -51,7 +58,7 @@ class TextGeneration:
         self.max_length = min(encoder.max_length, decoder.max_length)
         self.eos_token_ids = _shared_ends(decoder.eos_token_ids, base.tokenizer, tokenizer) | set(_token_ids(tokenizer))
         self._detokenizer = Detokenizer(tokenizer.backend_tokenizer)
-        self._chat = ChatText(encoder, trusted=base.tokenizer)
+        self._chat = ChatText(encoder, trusted=base.tokenizer, renderer=renderer)
         self._compiler: ConstraintCompiler | None = None
         self._making_compiler = threading.Lock()
 
@@ -96,10 +103,15 @@ class TextGeneration:
     def compile(self, kind: ConstraintKind, text: str) -> Callable[[], LogitsMask]:
         """A factory of masks of a constraint, each at its start and independent of the others.
 
-        Raises InvalidRequest on `constraint.json_schema` or `constraint.regex`, now and not in the factory. May take
-        a second at a tokenizer's first constraint, so it is no call for an event loop.
+        Raises InvalidRequest on `constraint.json_schema` or `constraint.regex`, now and not in the factory; so it does
+        when the tokenizer is of a kind that llguidance does not know. May take a second at a tokenizer's first
+        constraint, so it is no call for an event loop.
         """
-        return self._shared_compiler().compile(kind, text).copy
+        try:
+            return self._shared_compiler().compile(kind, text).copy
+        except ValueError as error:  # llguidance's, on the tokenizer
+            problem = f"this tokenizer's output cannot be constrained ({error}); ask without a constraint"
+            raise InvalidRequest(f"constraint.{kind}", problem) from error
 
     def _shared_compiler(self) -> ConstraintCompiler:
         with self._making_compiler:

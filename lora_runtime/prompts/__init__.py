@@ -1,1 +1,1 @@
-"""How a request's texts become a prompt: an adapter's template, a conversation, the rendering of chat templates."""
+"""How a request's texts become a prompt: an adapter's template, a conversation. No torch here."""

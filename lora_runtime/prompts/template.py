@@ -28,9 +28,7 @@ class PromptTemplate:
         A field's name is an identifier of at most 64 characters; conversions, format specifications, attributes,
         indices and positional fields are refused.
         """
-        if len(text) > MAX_TEMPLATE_CHARS:
-            raise ValueError(f"has {len(text)} characters, the limit is {MAX_TEMPLATE_CHARS}; shorten it")
-        check_encodable(text)
+        check_text(text)
         parts = tuple(_parts(text))
         fields = frozenset(name for _, name in parts if name is not None)
         if not fields:
@@ -78,8 +76,10 @@ def _check_field(name: str, spec: str | None, conversion: str | None) -> None:
         )
 
 
-def check_encodable(text: str) -> None:
-    """Raise ValueError when `text` has a lone surrogate."""
+def check_text(text: str) -> None:
+    """Raise ValueError when a text of an adapter's is too long, or has a lone surrogate."""
+    if len(text) > MAX_TEMPLATE_CHARS:
+        raise ValueError(f"has {len(text)} characters, the limit is {MAX_TEMPLATE_CHARS}; shorten it")
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -28,6 +28,7 @@ _SENT = (
     "tokenizer*.txt",
     "tokenizer*.model",
     "special_tokens_map.json",
+    "chat_template.jinja",
     "added_tokens.json",
     "vocab.*",
     "merges.txt",

@@ -10,12 +10,12 @@ from lora_runtime.adapters.config import CONFIG_FILE
 from lora_runtime.adapters.folder import BASE_CONFIG_FILE, INDEX_FILE, PICKLE_FILES, WEIGHTS_FILE
 from lora_runtime.adapters.metadata import METADATA_FILE
 from lora_runtime.adapters.pooling import MODULES_FILE, POOLING_FILE
-from lora_runtime.adapters.tokenizer import ADDED_TOKENS_FILE, TOKENIZER_FILE
+from lora_runtime.adapters.tokenizer import ADDED_TOKENS_FILE, CHAT_TEMPLATE_FILE, TOKENIZER_FILE
 from lora_runtime.errors import AdapterRejected
 
 _TOKENIZER_FILES = (
     TOKENIZER_FILE, ADDED_TOKENS_FILE, "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "vocab.txt",
-    "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
+    "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", CHAT_TEMPLATE_FILE,
 )  # fmt: skip
 KNOWN_FILES = (
     CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, METADATA_FILE, BASE_CONFIG_FILE, MODULES_FILE, POOLING_FILE,
