@@ -107,7 +107,7 @@ class Call(Generic[RequestT, ReplyT]):
     task: Task
     check: Callable[[RequestT], None]
     prepare: Callable[[RequestT, Target], Prepared[ReplyT]]
-    num_samples: Callable[[RequestT], int] = one_sample  # of each input, as far as the request tells; after `check`
+    num_samples: Callable[[RequestT], int] = one_sample  # of each input; after `check`
     otherwise: Call[RequestT, ReplyT] | None = None  # for an adapter of another task
 
     def suiting(self, info: AdapterInfo) -> Call[RequestT, ReplyT]:

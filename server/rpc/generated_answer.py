@@ -27,7 +27,7 @@ def _prepare(
     request: inference_pb2.AnswerQuestionRequest, target: Target
 ) -> Prepared[inference_pb2.AnswerQuestionResponse]:
     _check(request)  # here: that the adapter generates may be known only now
-    asked = inference_pb2.SamplingParams(n=1)
+    asked = inference_pb2.SamplingParams()
     if request.HasField("max_answer_tokens"):
         limit = target.max_new_tokens
         if request.max_answer_tokens > limit:

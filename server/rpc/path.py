@@ -122,7 +122,7 @@ class InferencePath:
         return turn.submit(info, call.task, prepared, tokenize_s, self._hub, self._metrics, keeps_text=keeps_text)
 
     def _grow(self, turn: Turn[RequestT, ReplyT], prepared: Prepared[ReplyT]) -> None:
-        """Take permits for the windows of long texts, and samples by the adapter's defaults: known only now."""
+        """Take permits for the windows of long texts, which are known only now."""
         check_fits(prepared.num_sequences, self._admission.max_sequences)
         turn.permits.grow_to(prepared.num_sequences)
         turn.charge.grow_to(prepared.num_sequences)

@@ -22,9 +22,9 @@ _DEFAULTS = SamplingParams()
 
 
 def num_samples(asked: inference_pb2.SamplingParams) -> int:
-    """Samples of each input, 1 where the request leaves them to the adapter; raises InvalidRequest on `sampling.n`."""
+    """Samples of each input, which no adapter has a default for; raises InvalidRequest on `sampling.n`."""
     if not asked.HasField("n"):
-        return 1
+        return _DEFAULTS.n
     if not 1 <= asked.n <= MAX_SAMPLES:
         raise InvalidRequest("sampling.n", f"{asked.n} is not an integer from 1 to {MAX_SAMPLES}")
     return asked.n
@@ -42,7 +42,7 @@ def sampling_params(
     """What is asked, else the adapter's defaults, else the method's, else those of SamplingParams; with a seed.
 
     Raises InvalidRequest on `sampling.*`. Defaults are made to fit what is asked: those of `max_new_tokens` are cut to
-    the server's limit, those of `min_new_tokens` to the most, and greedy sampling has one sample.
+    the server's limit, those of `min_new_tokens` to the most.
     """
     given = _given(asked)
     limit = target.max_new_tokens
@@ -54,19 +54,13 @@ def sampling_params(
     values["max_new_tokens"] = min(values.get("max_new_tokens", _DEFAULTS.max_new_tokens), limit)
     if "min_new_tokens" not in given:
         values["min_new_tokens"] = min(values.get("min_new_tokens", 0), max(values["max_new_tokens"], 0))
-    if "n" not in given and values.get("temperature") == 0:
-        values["n"] = 1
     return SamplingParams(**values).seeded()
 
 
-def one_text(asked: inference_pb2.SamplingParams, remedy: str) -> inference_pb2.SamplingParams:
-    """`asked` with one sample, whatever the adapter's default; raises InvalidRequest on `sampling.n` for more."""
+def check_one_sample(asked: inference_pb2.SamplingParams, remedy: str) -> None:
+    """Raise InvalidRequest on `sampling.n` for more than one."""
     if num_samples(asked) != 1:
         raise InvalidRequest("sampling.n", f"{asked.n} is not 1; {remedy}")
-    single = inference_pb2.SamplingParams()
-    single.CopyFrom(asked)
-    single.n = 1
-    return single
 
 
 def generation(

@@ -10,21 +10,20 @@ from server.pb.multilora.v1 import inference_pb2
 from server.rpc.call import Call, Prepared, Target, outputs_of
 from server.rpc.generated import FINISH_REASONS, usage
 from server.rpc.prompts import Prompt, check_fields, encode, fields_of, filled, templated
-from server.rpc.sampling import GREEDY, generation, one_text, sampling_params
+from server.rpc.sampling import GREEDY, check_one_sample, generation, sampling_params
 
 _LANGUAGES = ("source_language", "target_language")
-_REMEDY = "a text gets one translation; Generate gives several samples"
 
 
 def _check(request: inference_pb2.TranslateRequest) -> None:
-    one_text(request.sampling, _REMEDY)
+    check_one_sample(request.sampling, "a text gets one translation; Generate gives several samples")
     for index, item in enumerate(request.inputs):
         if item.HasField("text_pair"):
             raise InvalidRequest(f"inputs[{index}].text_pair", "is set; single texts are translated")
 
 
 def _prepare(request: inference_pb2.TranslateRequest, target: Target) -> Prepared[inference_pb2.TranslateResponse]:
-    params = sampling_params(one_text(request.sampling, _REMEDY), target, GREEDY)
+    params = sampling_params(request.sampling, target, GREEDY)
     prompts = _prompts(request, target.card)
     text, max_length = target.generation, target.card.max_length
     sequences = encode(text, prompts, max_length=max_length, max_new_tokens=params.max_new_tokens)

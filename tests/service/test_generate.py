@@ -37,7 +37,7 @@ async def server(tmp_path: Path) -> AsyncGenerator[Harness]:
     write_adapter(root / "simple", task="generate", prompt={"template": "T:{text}"})
     write_adapter(root / "asker", task="generate", prompt={"template": "Q:{question} C:{context}"})
     write_adapter(root / "open", task="generate", prompt={"template": "Q:{question}"})
-    defaults = {"temperature": 0.5, "max_new_tokens": 3, "n": 2}
+    defaults = {"temperature": 0.5, "max_new_tokens": 3}
     talker = {"template": "{topic}", "chat": True, "system": "brief", "defaults": defaults}
     write_adapter(root / "talker", task="generate", prompt=talker)
     write_adapter(root / "greedy", task="generate", prompt={"defaults": {"temperature": 0.0, "max_new_tokens": 60}})
@@ -129,11 +129,11 @@ async def test_fields_are_put_into_the_adapters_template(server: Harness) -> Non
 
 async def test_what_is_not_asked_is_as_the_adapter_says(server: Harness) -> None:
     reply = await server.inference.Generate(fields_request("talker", topic="hi"))
-    assert [sample.text for sample in reply.results[0].samples] == ["sys", "yst"]  # system:brief…, 3 tokens, 2 samples
+    assert [sample.text for sample in reply.results[0].samples] == ["sys"]  # system:brief…, 3 tokens
     params = server.engine.seen[-1].generation.params  # type: ignore
     assert (params.temperature, params.top_p) == (0.5, 1.0)
     request = fields_request("talker", topic="hi")
-    request.sampling.max_new_tokens, request.sampling.n, request.sampling.temperature = 2, 1, 0.0
+    request.sampling.max_new_tokens, request.sampling.temperature = 2, 0.0
     assert [sample.text for sample in (await server.inference.Generate(request)).results[0].samples] == ["sy"]
     assert server.engine.seen[-1].generation.params.is_greedy  # type: ignore
 
@@ -307,11 +307,8 @@ async def test_each_sample_is_a_sequence_of_the_servers(server: Harness) -> None
     await server.until_admitted(12)
     failure = await failure_of(server.inference.Generate(generate_request("plain", "ab", sampling={"n": 5})))
     assert failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED
-    by_default = server.inference.Generate(fields_request("talker", topic="x"))  # two, which the adapter says
-    await server.until_admitted(14)
     server.engine.gate.set()
     assert len((await waiting).results[1].samples) == 6
-    await by_default
     await server.until_admitted(0)
 
 

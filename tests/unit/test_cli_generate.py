@@ -129,22 +129,8 @@ def test_a_prompt_may_come_from_standard_input(cli: Cli, arguments: tuple[str, .
 
 def test_every_option_is_sent(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "schema.json").write_text('{"type": "null"}')
-    given = [
-        "--temperature",
-        "0.7",
-        "--top-k",
-        "5",
-        "--top-p",
-        "0.9",
-        "--max-new-tokens",
-        "12",
-        "--stop",
-        "a",
-        "--stop",
-        "b",
-        "--seed",
-        "3",
-    ]
+    numbers = ["--temperature", "0.7", "--top-k", "5", "--top-p", "0.9", "--max-new-tokens", "12", "--seed", "3"]
+    given = [*numbers, "--stop", "a", "--stop", "b"]
     cli("generate", "writer", "x", *given, "--json-schema", str(tmp_path / "schema.json"))
     cli("generate", "writer", "--field", "question=who=?", "--field", "context=", "--regex", "[a-z]+")
     cli("translate", "writer", "x", *given, "--from", "German", "--to", "French")
