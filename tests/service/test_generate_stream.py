@@ -222,6 +222,19 @@ async def test_a_client_that_goes_away_ends_the_work(server: Harness) -> None:
     assert server.engine.cancelled == {server.engine.seen[0].request_id}
 
 
+async def test_a_server_that_stops_ends_streams_after_its_grace(root: Path) -> None:
+    async with running(root, grace=0.2) as server:
+        server.engine.steps = threading.Semaphore(1)
+        call = server.inference.GenerateStream(generate_request("plain", "abc"))
+        await first_of(call)
+        server.stop.set()
+        with pytest.raises(aio.AioRpcError) as caught:
+            await call.read()
+        assert caught.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+        server.engine.steps = None
+    assert server.engine.cancelled == {server.engine.seen[0].request_id}
+
+
 async def test_a_cancel_before_the_first_token_reaches_the_engine(server: Harness) -> None:
     server.engine.gate.clear()
     call = server.inference.GenerateStream(generate_request("plain", "abc"))
