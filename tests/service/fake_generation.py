@@ -90,7 +90,7 @@ class FakeSample:
         self._generation, self._place = generation, (sequence, sample)
         params = generation.params
         self._room = min(params.max_new_tokens, CONTEXT - prompt.num_tokens)
-        once = [*prompt.input_ids[sample:], EOS]
+        once = [*prompt.input_ids[sample:], min(generation.eos_token_ids)]
         self._coming: Iterator[int] = iter(itertools.cycle(once[:-1]) if params.ignore_eos else once)
         self._text, self._stops = generation.new_text(), StopChecker(params.stop, include_stop=params.include_stop)
         self._texts: list[str] = []
@@ -111,7 +111,7 @@ class FakeSample:
         if reason is None and len(self._tokens) == self._room:
             reason = FinishReason.LENGTH
         if reason is not None and checked.stop is None:
-            text += self._stops.flush()
+            text += self._stops.feed(self._text.flush()).text + self._stops.flush()
         self._texts.append(text)
         if reason is not None:
             self.end = Sample("".join(self._texts), tuple(self._tokens), reason, checked.stop)

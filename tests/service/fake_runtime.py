@@ -276,7 +276,12 @@ class FakeEngine:
         if self.steps is not None and not self.steps.acquire(timeout=0.005):
             return
         for request, future, decoding in [*self._generating.values()]:
-            if (outputs := decoding.step()) is not None:
+            try:
+                outputs = decoding.step()
+            except Exception as error:  # noqa: BLE001 - a fault of the fake's, which its test is to see
+                self._end(request, future, error)
+                continue
+            if outputs is not None:
                 info = self.catalogue.get(request.adapter)
                 assert info.card is not None
                 timings = Timings(0.001, 0.0, 0.002)
