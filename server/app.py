@@ -32,9 +32,11 @@ from server.pb.multilora.v1 import (
     usage_pb2_grpc,
 )
 from server.rpc.adapters import AdapterService
+from server.rpc.checks import Bounds
 from server.rpc.health import Health
-from server.rpc.inference import InferenceService
+from server.rpc.inference import GENERATE_STREAM_METHOD, InferenceService
 from server.rpc.interceptors import RpcInterceptor
+from server.rpc.path import InferencePath
 from server.rpc.usage import UsageService
 from server.runner_metrics import RunnerMetrics
 from server.settings import MIB, ServeSettings, is_loopback
@@ -201,7 +203,13 @@ class App:
         limit = self._settings.max_message_mib * MIB
         server = aio.server(
             interceptors=[
-                RpcInterceptor(self._metrics, self._tenancy.gate, self._tenancy.audit, self._tenancy.closed_methods)
+                RpcInterceptor(
+                    self._metrics,
+                    self._tenancy.gate,
+                    self._tenancy.audit,
+                    self._tenancy.closed_methods,
+                    {GENERATE_STREAM_METHOD: self._settings.stream_stall_seconds},
+                )
             ],
             options=[
                 ("grpc.so_reuseport", 0),  # a second server on the port must fail, not take half of the calls
@@ -212,18 +220,7 @@ class App:
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # clients may ping as often
             ],
         )
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(
-            InferenceService(
-                self._slot,
-                self._admission,
-                self._tenancy.limits,
-                self._tokenizers,
-                self._metrics,
-                max_inputs=self._settings.max_inputs,
-                max_input_chars=self._settings.max_input_chars,
-            ),
-            server,
-        )
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(self._inference_path()), server)
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(
             AdapterService(self._control.plane, self._events), server
         )
@@ -231,6 +228,11 @@ class App:
         if self._settings.reflection != "off":
             reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         return server
+
+    def _inference_path(self) -> InferencePath:
+        settings = self._settings
+        bounds = Bounds(settings.max_inputs, settings.max_input_chars, settings.max_new_tokens)
+        return InferencePath(self._slot, self._admission, self._tenancy.limits, self._tokenizers, self._metrics, bounds)
 
     async def _until(self, stop: asyncio.Event) -> None:
         assert self._backend is not None, "there is nothing to serve with"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -16,12 +16,16 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from lora_runtime.adapters.sources.api import Origin
 from lora_runtime.catalogue import Catalogue
 from lora_runtime.errors import EngineStopped, MultiloraError
+from lora_runtime.generation import TextStream
 from lora_runtime.observers import EngineObserver
+from lora_runtime.prompts.chat import Chat
 from lora_runtime.shares import Shares
 from lora_runtime.types import AdapterId, AdapterInfo, Alias, Request, Result, RunnerStats, TokenSequence, Unloaded
 
-if TYPE_CHECKING:  # brings torch and transformers
+if TYPE_CHECKING:  # brings torch, transformers and tokenizers
     from lora_runtime.model.encoder_text import TokenText, Window
+    from lora_runtime.sampling.constrained import ConstraintKind
+    from lora_runtime.sampling.row import LogitsMask
 
 T = TypeVar("T")
 
@@ -102,6 +106,32 @@ class TextEncoder(Protocol):
     ) -> tuple[tuple[Window, ...], ...]: ...
 
 
+class TextGeneration(Protocol):
+    """What generation needs of a tokenizer; thread-safe: `lora_runtime.model.text_generation.TextGeneration`."""
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def encode_prompts(
+        self, prompts: Sequence[str | Chat], *, max_length: int | None, max_new_tokens: int
+    ) -> tuple[TokenSequence, ...]:
+        """Raises InvalidRequest (TextTooLong) on `inputs[i].text`, or `inputs[i].messages` of a conversation."""
+        ...
+
+    def room(self, sequence: TokenSequence, max_length: int | None = None) -> int:
+        """Tokens that may follow before the context is full."""
+        ...
+
+    def new_text(self) -> TextStream: ...
+
+    def compile(self, kind: ConstraintKind, text: str) -> Callable[[], LogitsMask]:
+        """Raises InvalidRequest on `constraint.json_schema` or `constraint.regex`."""
+        ...
+
+
 class Backend(Protocol):
     """A base in memory with its engine running."""
 
@@ -110,6 +140,10 @@ class Backend(Protocol):
 
     def encoder_for(self, info: AdapterInfo) -> TextEncoder:
         """The tokenizer of an adapter's texts, its own or the base's; may read a file."""
+        ...
+
+    def generation_for(self, info: AdapterInfo) -> TextGeneration:
+        """As `encoder_for`, for prompts; raises InvalidRequest on `adapter` when the base generates nothing."""
         ...
 
     @property

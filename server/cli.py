@@ -27,6 +27,9 @@ LAZY_COMMANDS = {
     "demo": "server.cli_demo:demo_app",
     "adapters": "server.cli_adapters:adapters_app",
     "keys": "server.cli_keys:keys_app",
+    "generate": "server.cli_generate:generate_app",
+    "translate": "server.cli_generate:translate_app",
+    "chat": "server.cli_generate:chat_app",
 }
 
 
@@ -116,6 +119,8 @@ def serve(
     max_batch_sequences: Annotated[int | None, _flag("max_batch_sequences")] = None,
     max_inputs: Annotated[int | None, _flag("max_inputs")] = None,
     max_input_chars: Annotated[int | None, _flag("max_input_chars")] = None,
+    max_new_tokens: Annotated[int | None, _flag("max_new_tokens")] = None,
+    stream_stall_seconds: Annotated[float | None, _flag("stream_stall_seconds")] = None,
     max_queued_sequences: Annotated[int | None, _flag("max_queued_sequences")] = None,
     max_message_mib: Annotated[int | None, _flag("max_message_mib")] = None,
     grace: Annotated[float | None, _flag("grace")] = None,

@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from lora_runtime.errors import MultiloraError
+from server.control_cli import options
 from server.control_cli.given import given
 
 if TYPE_CHECKING:  # brings torch
@@ -54,20 +55,11 @@ _MIN_WIDTH = 110  # module paths are long: a pipe or a narrow terminal wraps the
 
 @adapters_app.callback()
 def _group(  # pyright: ignore[reportUnusedFunction] - typer's
-    token_file: Annotated[
-        Path | None,
-        typer.Option(envvar="MULTILORA_TOKEN_FILE", help="File with a key or token; or set MULTILORA_TOKEN to it."),
-    ] = None,
-    tls: Annotated[bool, typer.Option("--tls", envvar="MULTILORA_TLS", help="Talk TLS to the server.")] = False,
-    tls_ca: Annotated[
-        Path | None, typer.Option(envvar="MULTILORA_CA", help="PEM file of the CA of the server's certificate.")
-    ] = None,
-    tls_cert: Annotated[
-        Path | None, typer.Option(envvar="MULTILORA_CLIENT_CERT", help="PEM file of a client certificate.")
-    ] = None,
-    tls_key: Annotated[
-        Path | None, typer.Option(envvar="MULTILORA_CLIENT_KEY", help="PEM file of its private key.")
-    ] = None,
+    token_file: options.TokenFile = None,
+    tls: options.Tls = False,
+    tls_ca: options.TlsCa = None,
+    tls_cert: options.TlsCert = None,
+    tls_key: options.TlsKey = None,
 ) -> None:
     """Examine adapter folders, and manage the adapters of a running server.
 

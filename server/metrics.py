@@ -6,7 +6,8 @@ together.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Thread
 from typing import TypeAlias
@@ -24,6 +25,7 @@ from prometheus_client import (
 
 from lora_runtime.errors import MultiloraError
 from lora_runtime.observers import EngineObserver
+from lora_runtime.sampling.finish import FinishReason
 from lora_runtime.types import AdapterId, AdapterInfo, AdapterState, BatchStats, Request, Result
 
 Metric: TypeAlias = Counter | Gauge | Histogram
@@ -31,6 +33,8 @@ Metric: TypeAlias = Counter | Gauge | Histogram
 # An encoder answers within a millisecond: the usual buckets, which begin at 5 ms, would show nothing.
 _LATENCY_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _LOAD_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_FIRST_TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 _COUNT = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
@@ -64,6 +68,19 @@ SERIES: dict[str, Series] = {
         Histogram, "Distinct adapters in one batch, the base not counted.", (), (0, *_COUNT)
     ),
     "multilora_batch_forward_seconds": Series(Histogram, "Seconds of one batch's forward pass.", (), _LATENCY_S),
+    "multilora_generated_tokens_total": Series(
+        Counter, "Tokens that were generated, those of failed requests included."
+    ),
+    "multilora_time_to_first_token_seconds": Series(
+        Histogram, "Seconds from a generating request's arrival to its first token.", (), _FIRST_TOKEN_S
+    ),
+    "multilora_inter_token_seconds": Series(
+        Histogram, "Seconds between two tokens of one sample, one observation a token.", (), _TOKEN_S
+    ),
+    "multilora_finished_samples_total": Series(
+        Counter, "Samples whose generation ended, by reason; of failed requests too.", ("finish_reason",)
+    ),
+    "multilora_open_streams": Series(Gauge, "Streams of generated text that are open."),
     "multilora_adapters": Series(Gauge, "Adapter versions in each state.", ("state",)),
     "multilora_adapter_load_seconds": Series(
         Histogram, "Seconds from the first read of an adapter's files to being resident.", (), _LOAD_S
@@ -86,6 +103,9 @@ class ServerMetrics:
         # labels() costs more than observe(): children with a known label set are looked up once
         self._stages = {stage: self._histogram("multilora_stage_seconds").labels(stage) for stage in STAGES}
         self._states = {state: self._gauge("multilora_adapters").labels(state.value) for state in AdapterState}
+        self._finished = {
+            reason: self._counter("multilora_finished_samples_total").labels(reason.value) for reason in FinishReason
+        }
         self._durations: dict[str, Histogram] = {}
         self._answers: dict[tuple[str, str], Counter] = {}
 
@@ -100,6 +120,29 @@ class ServerMetrics:
 
     def observe_stage(self, stage: str, seconds: float) -> None:
         self._stages[stage].observe(seconds)
+
+    def count_generated(self, num_tokens: int) -> None:
+        self._counter("multilora_generated_tokens_total").inc(num_tokens)
+
+    def observe_first_token(self, seconds: float) -> None:
+        self._histogram("multilora_time_to_first_token_seconds").observe(seconds)
+
+    def observe_token(self, seconds: float) -> None:
+        """The time since the sample's token before."""
+        self._histogram("multilora_inter_token_seconds").observe(seconds)
+
+    def count_finished(self, reason: FinishReason, num_samples: int = 1) -> None:
+        self._finished[reason].inc(num_samples)
+
+    @contextmanager
+    def open_stream(self) -> Generator[None]:
+        """Count a stream as open for the block."""
+        gauge = self._gauge("multilora_open_streams")
+        gauge.inc()
+        try:
+            yield
+        finally:
+            gauge.dec()
 
     def watch_admission(self, limit: int, num_sequences: Callable[[], float]) -> None:
         """Read the admitted sequences at each scrape instead of at each request."""

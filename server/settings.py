@@ -119,6 +119,10 @@ class ServeSettings(BaseModel):
     max_input_chars: _Count = Field(
         262_144, description="Most characters of one text, question or context; more is refused before it is tokenised."
     )
+    max_new_tokens: _Count = Field(4096, description="Most tokens that a request may have generated for a sample.")
+    stream_stall_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        30.0, description="Seconds that a stream of generated text waits for a client that does not read; then it ends."
+    )
     max_queued_sequences: _Count = Field(
         4096, description="Most sequences inside the server; more is refused at once with RESOURCE_EXHAUSTED."
     )

@@ -10,7 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import grpc
@@ -18,9 +18,9 @@ import typer
 
 from lora_runtime.errors import shown
 from server.control_cli.credentials import Credentials, CredentialsError
-from server.control_cli.failure import REFUSED, Failure
+from server.control_cli.failure import LATE_CHANGE, REFUSED, Failure
 from server.control_cli.given import given
-from server.pb.multilora.v1 import adapters_pb2_grpc
+from server.pb.multilora.v1 import adapters_pb2_grpc, inference_pb2_grpc
 
 Reply = TypeVar("Reply")
 
@@ -47,10 +47,11 @@ class ControlError(Exception):
 
 
 class Client:
-    """The control plane of one server."""
+    """One server: its control plane, and its inference."""
 
     def __init__(self, channel: grpc.Channel, server: str, timeout_s: float, uses_tls: bool) -> None:
         self.stub = adapters_pb2_grpc.AdapterServiceStub(channel)
+        self.inference = inference_pb2_grpc.InferenceServiceStub(channel)
         self.server = server
         self.timeout_s = timeout_s
         self.uses_tls = uses_tls
@@ -76,9 +77,17 @@ class Client:
         return attempt(deadline - time.monotonic())
 
 
+def connect(command: str, server: str, timeout_s: float) -> AbstractContextManager[Client]:
+    """As `connection` for a command of `multilora adapters`."""
+    return connection(f"adapters {command}", server, timeout_s, LATE_CHANGE)
+
+
 @contextmanager
-def connect(command: str, server: str, timeout_s: float) -> Generator[Client]:
-    """A client for one command; whatever goes wrong inside ends the program with one line on stderr."""
+def connection(command: str, server: str, timeout_s: float, late: str) -> Generator[Client]:
+    """A client for one command; whatever goes wrong inside ends the program with one line on stderr.
+
+    `late` is the remedy when there is no answer within `timeout_s`.
+    """
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="backslashreplace")  # a label may have letters that the terminal's encoding lacks
@@ -89,7 +98,7 @@ def connect(command: str, server: str, timeout_s: float) -> Generator[Client]:
             yield Client(channel, server, timeout_s, credentials.uses_tls)
     except grpc.RpcError as error:
         failure = Failure.of(error)
-        end(command, failure.told(server, timeout_s, credentials.uses_tls), failure.exit_code)
+        end(command, failure.told(server, timeout_s, credentials.uses_tls, late), failure.exit_code)
     except ControlError as error:
         end(command, error.message, error.exit_code)
     except CredentialsError as error:
@@ -106,7 +115,7 @@ def connect(command: str, server: str, timeout_s: float) -> Generator[Client]:
 
 def end(command: str, message: str, exit_code: int) -> None:
     """Say why on stderr, in one line, and exit."""
-    typer.echo(f"multilora adapters {command}: {shown(message)}", err=True)
+    typer.echo(f"multilora {command}: {shown(message)}", err=True)
     raise typer.Exit(exit_code) from None
 
 

@@ -14,6 +14,7 @@ from server.backend import ServerStarting
 from server.control_cli.handshake import handshake_fault
 
 REFUSED, NOT_REACHABLE = 1, 3
+LATE_CHANGE = "it may still finish: `multilora adapters show` tells, and --timeout waits longer"
 
 _NOT_SERVING = ("", ServerStarting.reason, EngineStopped.reason)
 _BREAKS = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ABORTED, grpc.StatusCode.CANCELLED)
@@ -44,11 +45,10 @@ class Failure:
         """Whether a stream that ended so can be resumed."""
         return self.code in _BREAKS or (self.code in _BREAKS_OF_PROXIES and not self.reason)
 
-    def told(self, server: str, timeout_s: float, uses_tls: bool) -> str:
-        """One line for people: what happened, and the remedy."""
+    def told(self, server: str, timeout_s: float, uses_tls: bool, late: str = LATE_CHANGE) -> str:
+        """One line for people: what happened, and the remedy; `late` is that of an answer that did not come in time."""
         if self.code is grpc.StatusCode.DEADLINE_EXCEEDED:
-            late = f"no answer from {server} within {timeout_s:g} s"
-            return f"{late}; it may still finish: `multilora adapters show` tells, and --timeout waits longer"
+            return f"no answer from {server} within {timeout_s:g} s; {late}"
         if self.reason:
             return self.message
         if self.code is grpc.StatusCode.UNAVAILABLE:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -26,3 +27,14 @@ Adapter = Annotated[
     str, typer.Argument(metavar="NAME", help="NAME, NAME@VERSION or NAME@ALIAS, each also with TENANT/ before it.")
 ]
 AdapterName = Annotated[str, typer.Argument(metavar="NAME", help="NAME or TENANT/NAME, without a version.")]
+
+TokenFile = Annotated[
+    Path | None,
+    typer.Option(envvar="MULTILORA_TOKEN_FILE", help="File with a key or token; or set MULTILORA_TOKEN to it."),
+]
+Tls = Annotated[bool, typer.Option("--tls", envvar="MULTILORA_TLS", help="Talk TLS to the server.")]
+TlsCa = Annotated[
+    Path | None, typer.Option(envvar="MULTILORA_CA", help="PEM file of the CA of the server's certificate.")
+]
+TlsCert = Annotated[Path | None, typer.Option(envvar="MULTILORA_CLIENT_CERT", help="PEM file of a client certificate.")]
+TlsKey = Annotated[Path | None, typer.Option(envvar="MULTILORA_CLIENT_KEY", help="PEM file of its private key.")]

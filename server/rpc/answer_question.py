@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from lora_runtime.answers.spans import Span, best_spans, supports_no_answer
 from lora_runtime.errors import InvalidRequest
-from lora_runtime.types import AdapterCard, Result, SpanLogits, Task
-from server.backend import TextEncoder
+from lora_runtime.types import Result, SpanLogits, Task
 from server.pb.multilora.v1 import inference_pb2
-from server.rpc.call import Call, Prepared, outputs_of
+from server.rpc.call import Call, Prepared, Target, outputs_of
+from server.rpc.generated_answer import GENERATED_ANSWER
 
 if TYPE_CHECKING:  # brings transformers
     from lora_runtime.model.encoder_text import Window
@@ -36,12 +36,12 @@ def _check(request: inference_pb2.AnswerQuestionRequest) -> None:
 
 
 def _prepare(
-    request: inference_pb2.AnswerQuestionRequest, encoder: TextEncoder, card: AdapterCard
+    request: inference_pb2.AnswerQuestionRequest, target: Target
 ) -> Prepared[inference_pb2.AnswerQuestionResponse]:
     contexts = [item.context for item in request.inputs]
     pairs = [(item.question, context) for item, context in zip(request.inputs, contexts, strict=True)]
     stride = request.doc_stride if request.HasField("doc_stride") else None
-    windows = encoder.encode_questions(pairs, max_length=card.max_length, doc_stride=stride)
+    windows = target.encoder.encode_questions(pairs, max_length=target.card.max_length, doc_stride=stride)
     if request.allow_no_answer and not all(map(supports_no_answer, windows)):
         raise InvalidRequest(
             "allow_no_answer", "the tokenizer marks no token that could stand for no answer; leave it unset"
@@ -97,4 +97,4 @@ def _answer(context: str, span: Span) -> inference_pb2.Answer:
     )
 
 
-ANSWER_QUESTION = Call(Task.ANSWER, _check, _prepare)
+ANSWER_QUESTION = Call(Task.ANSWER, _check, _prepare, otherwise=GENERATED_ANSWER)

@@ -8,8 +8,10 @@ from typing import Generic, Protocol, TypeVar
 
 from google.protobuf.message import Message
 
+from lora_runtime.generation import Generated, Generation
 from lora_runtime.types import (
     AdapterCard,
+    AdapterInfo,
     Classification,
     Embedding,
     Pooling,
@@ -19,7 +21,7 @@ from lora_runtime.types import (
     TokenClassification,
     TokenSequence,
 )
-from server.backend import TextEncoder
+from server.backend import Backend, TextEncoder, TextGeneration
 from server.pb.multilora.v1 import common_pb2, inference_pb2
 
 
@@ -47,7 +49,26 @@ class CallReply(Protocol):
 
 RequestT = TypeVar("RequestT", bound=CallRequest)
 ReplyT = TypeVar("ReplyT", bound=CallReply)
-OutputT = TypeVar("OutputT", Classification, TokenClassification, SpanLogits, Embedding)
+OutputT = TypeVar("OutputT", Classification, TokenClassification, SpanLogits, Embedding, Generated)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Who answers: an adapter version whose card is read. Its tools may read a file: for tokeniser threads."""
+
+    backend: Backend
+    info: AdapterInfo
+    card: AdapterCard
+    max_new_tokens: int  # the server's limit
+
+    @property
+    def encoder(self) -> TextEncoder:
+        return self.backend.encoder_for(self.info)
+
+    @property
+    def generation(self) -> TextGeneration:
+        """Raises InvalidRequest on `adapter` where the base generates nothing."""
+        return self.backend.generation_for(self.info)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +82,18 @@ class Prepared(Generic[ReplyT]):
     interpret: Callable[[Result], ReplyT]
     pooling: Pooling | None = None
     input_of: tuple[int, ...] | None = None  # as `Request.input_of`
+    generation: Generation | None = None  # of a GENERATE request; the path adds `on_delta`
+
+    @property
+    def num_sequences(self) -> int:
+        """As permits count them: each sample is one."""
+        return len(self.sequences) * (1 if self.generation is None else self.generation.params.n)
+
+
+def one_sample(request: CallRequest) -> int:
+    """Of a call that has no samples, or one."""
+    del request
+    return 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +106,17 @@ class Call(Generic[RequestT, ReplyT]):
 
     task: Task
     check: Callable[[RequestT], None]
-    prepare: Callable[[RequestT, TextEncoder, AdapterCard], Prepared[ReplyT]]
+    prepare: Callable[[RequestT, Target], Prepared[ReplyT]]
+    num_samples: Callable[[RequestT], int] = one_sample  # of each input; after `check`
+    otherwise: Call[RequestT, ReplyT] | None = None  # for an adapter of another task
+
+    def suiting(self, info: AdapterInfo) -> Call[RequestT, ReplyT]:
+        """This call or the other one, by what an adapter that is read answers; raises as `AdapterInfo.card_for`."""
+        other = self.otherwise
+        if other is not None and info.card is not None and info.card.task is other.task:
+            return other
+        info.card_for(self.task)
+        return self
 
 
 def outputs_of(result: Result, kind: type[OutputT]) -> tuple[OutputT, ...]:

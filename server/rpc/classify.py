@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from lora_runtime.errors import InvalidRequest
-from lora_runtime.types import AdapterCard, Classification, Result, Task, TokenSequence
-from server.backend import TextEncoder
+from lora_runtime.types import Classification, Result, Task, TokenSequence
 from server.pb.multilora.v1 import inference_pb2
-from server.rpc.call import Call, Prepared, labels_of, outputs_of, text_pairs
+from server.rpc.call import Call, Prepared, Target, labels_of, outputs_of, text_pairs
 
 
 def _check(request: inference_pb2.ClassifyRequest) -> None:
@@ -14,11 +13,9 @@ def _check(request: inference_pb2.ClassifyRequest) -> None:
         raise InvalidRequest("top_k", f"{request.top_k} is less than 1; leave it unset to get every label")
 
 
-def _prepare(
-    request: inference_pb2.ClassifyRequest, encoder: TextEncoder, card: AdapterCard
-) -> Prepared[inference_pb2.ClassifyResponse]:
+def _prepare(request: inference_pb2.ClassifyRequest, target: Target) -> Prepared[inference_pb2.ClassifyResponse]:
     texts = text_pairs(request.inputs)
-    sequences = encoder.encode(texts, max_length=card.max_length, truncate=request.truncate)
+    sequences = target.encoder.encode(texts, max_length=target.card.max_length, truncate=request.truncate)
     return Prepared(sequences, lambda result: _response(request, sequences, result))
 
 

@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING
 
 from lora_runtime.answers.token_classes import SubwordStrategy, TokenLabel, TokenUnit, label_tokens
 from lora_runtime.errors import InvalidRequest
-from lora_runtime.types import AdapterCard, Result, Task, TokenClassification
-from server.backend import TextEncoder
+from lora_runtime.types import Result, Task, TokenClassification
 from server.pb.multilora.v1 import inference_pb2
-from server.rpc.call import Call, Prepared, labels_of, outputs_of
+from server.rpc.call import Call, Prepared, Target, labels_of, outputs_of
 
 if TYPE_CHECKING:  # brings transformers
     from lora_runtime.model.encoder_text import TokenText
@@ -38,13 +37,13 @@ def _check(request: inference_pb2.ClassifyTokensRequest) -> None:
 
 
 def _prepare(
-    request: inference_pb2.ClassifyTokensRequest, encoder: TextEncoder, card: AdapterCard
+    request: inference_pb2.ClassifyTokensRequest, target: Target
 ) -> Prepared[inference_pb2.ClassifyTokensResponse]:
     for index, item in enumerate(request.inputs):
         if item.HasField("text_pair"):
             raise InvalidRequest(f"inputs[{index}].text_pair", "is set; tokens are labelled in single texts")
     texts = [item.text for item in request.inputs]
-    tokens = encoder.encode_tokens(texts, max_length=card.max_length, truncate=request.truncate)
+    tokens = target.encoder.encode_tokens(texts, max_length=target.card.max_length, truncate=request.truncate)
     sequences = tuple(item.sequence for item in tokens)
     return Prepared(sequences, lambda result: _response(request, texts, tokens, result))
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from lora_runtime.answers.vectors import unit_length
 from lora_runtime.errors import InvalidRequest
-from lora_runtime.types import AdapterCard, Embedding, Pooling, Result, Task, TokenSequence
-from server.backend import TextEncoder
+from lora_runtime.types import Embedding, Pooling, Result, Task, TokenSequence
 from server.pb.multilora.v1 import common_pb2, inference_pb2
-from server.rpc.call import Call, Prepared, outputs_of, text_pairs
+from server.rpc.call import Call, Prepared, Target, outputs_of, text_pairs
 from server.rpc.messages import POOLINGS
 
 _REQUESTED: dict[common_pb2.Pooling.ValueType, Pooling | None] = {
@@ -21,13 +20,11 @@ def _check(request: inference_pb2.EmbedRequest) -> None:
         raise InvalidRequest("pooling", f"{request.pooling} is not a Pooling; leave it unset for the adapter's own")
 
 
-def _prepare(
-    request: inference_pb2.EmbedRequest, encoder: TextEncoder, card: AdapterCard
-) -> Prepared[inference_pb2.EmbedResponse]:
+def _prepare(request: inference_pb2.EmbedRequest, target: Target) -> Prepared[inference_pb2.EmbedResponse]:
     texts = text_pairs(request.inputs)
-    sequences = encoder.encode(texts, max_length=card.max_length, truncate=request.truncate)
+    sequences = target.encoder.encode(texts, max_length=target.card.max_length, truncate=request.truncate)
     # always named, so that the pooling in the reply is the one that was used
-    pooling = _REQUESTED[request.pooling] or card.pooling
+    pooling = _REQUESTED[request.pooling] or target.card.pooling
     assert pooling is not None, "the card of what embeds names a pooling"
     return Prepared(sequences, lambda result: _response(request, sequences, pooling, result), pooling)
 

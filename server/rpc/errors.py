@@ -15,6 +15,7 @@ from server.control.state import StateUnavailable
 from server.control.uploads import UploadTooLarge
 from server.early_refusal import DeadlineUnreachable
 from server.rpc.caller import PermissionDenied
+from server.rpc.stalls import StreamStalled
 from server.rpc.uploading import UploadsDisabled, UploadStalled
 from server.tenancy.authenticate import Unauthenticated
 from server.tenancy.quota import QuotaExceeded
@@ -54,6 +55,7 @@ CODES: dict[type[errors.MultiloraError], grpc.StatusCode] = {
     UploadsDisabled: grpc.StatusCode.FAILED_PRECONDITION,
     UploadStalled: grpc.StatusCode.ABORTED,
     WatchTooSlow: grpc.StatusCode.ABORTED,
+    StreamStalled: grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
 
 

@@ -8,7 +8,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, NoReturn, TypeAlias, cast
 
@@ -21,6 +21,7 @@ from server.metrics import ServerMetrics
 from server.rpc.caller import CallInfo, aim_at_named, current_call
 from server.rpc.context import Context, remaining_seconds
 from server.rpc.errors import STATUS_DETAILS_KEY, RpcStatus, internal_status, to_status
+from server.rpc.stalls import write
 from server.tenancy.audit import AuditLog
 from server.tenancy.authenticate import Unauthenticated
 from server.tenancy.gate import Gate
@@ -47,12 +48,23 @@ Parse: TypeAlias = Callable[[bytes], Any]
 class RpcInterceptor(aio.ServerInterceptor):
     """Wraps the methods of our own services, and those of others (health, reflection) that need a credential."""
 
-    def __init__(self, metrics: ServerMetrics, gate: Gate, audit: AuditLog, closed: Collection[str] = ()) -> None:
-        """`closed` are prefixes of foreign methods that need a credential, such as `/grpc.reflection`."""
+    def __init__(
+        self,
+        metrics: ServerMetrics,
+        gate: Gate,
+        audit: AuditLog,
+        closed: Collection[str] = (),
+        stall_s: Mapping[str, float] | None = None,
+    ) -> None:
+        """`closed` are prefixes of foreign methods that need a credential, such as `/grpc.reflection`.
+
+        `stall_s` are seconds by `package.Service/Method`: how long a message of its stream may wait for the client.
+        """
         self._metrics = metrics
         self._gate = gate
         self._audit = audit
         self._closed = tuple(closed)
+        self._stall_s = stall_s or {}
 
     async def intercept_service(
         self,
@@ -98,15 +110,17 @@ class RpcInterceptor(aio.ServerInterceptor):
 
         return call
 
-    def _streaming(self, method: str, behaviour: Streaming, parse: Callable[[Any], Any]) -> Streaming:
-        async def call(data: Any, context: Context) -> AsyncGenerator[Any]:
+    def _streaming(self, method: str, behaviour: Streaming, parse: Callable[[Any], Any]) -> Unary:
+        """Writes the replies by itself: so a client that goes away, or does not read, ends `behaviour` at once."""
+
+        async def call(data: Any, context: Context) -> None:
             async with self._call(method, context) as info:
                 request = parse(data)
                 aim_at_named(request)
                 async with aclosing(behaviour(request, context)) as replies:
                     while (reply := await self._next(replies, info)) is not None:
                         await self._check_again(info)
-                        yield reply
+                        await write(context, reply, self._stall_s.get(method))
 
         return call
 

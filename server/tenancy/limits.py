@@ -1,6 +1,8 @@
 """Limits of each tenant: requests per second, tokens per minute, concurrent requests, queued sequences.
 
-A rate is a bucket that starts full: of a second's requests (at least one), or of a minute's tokens.
+A rate is a bucket that starts full: of a second's requests (at least one), or of a minute's tokens. Tokens are those
+of the texts, charged before the request runs, and those that are generated, charged as they come: a request that runs
+is never stopped by that, the tenant's next one waits.
 """
 
 from __future__ import annotations
@@ -123,6 +125,11 @@ class TenantPermit:
         assert not self._released, "a permit is settled before it is released"
         _settle(self._tokens, actual - self.num_tokens)
         self.num_tokens = actual
+
+    def add_generated(self, num_tokens: int) -> None:
+        """Charge tokens as they are generated; may leave the tenant in debt, and no refund gives them back."""
+        assert not self._released, "nothing is generated for a released permit"
+        _settle(self._tokens, num_tokens)
 
     def grow_to(self, num_sequences: int) -> None:
         """Hold `num_sequences` in all; raises QuotaExceeded, holding what it held. Never shrinks."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from lora_runtime.errors import MultiloraError
+from lora_runtime.generation import Generated
 from lora_runtime.observers import EngineObserver
 from lora_runtime.types import AdapterId, BatchStats, Request, Result
 
@@ -25,7 +26,7 @@ class UsageCounts:
     requests_failed: int = 0
     sequences: int = 0
     input_tokens: int = 0
-    output_tokens: int = 0  # none until there is generation
+    output_tokens: int = 0  # that were generated
     queue_s: float = 0.0
     load_wait_s: float = 0.0
     forward_s: float = 0.0  # this usage's share of its batches' seconds, by tokens
@@ -35,10 +36,11 @@ class UsageCounts:
         amounts = (self.sequences, self.input_tokens, self.output_tokens)
         return UsageCounts(*requests, *amounts, self.queue_s, self.load_wait_s, self.forward_s)
 
-    def add_answer(self, num_sequences: int, num_tokens: int, result: Result) -> None:
+    def add_answer(self, num_sequences: int, num_tokens: int, num_generated: int, result: Result) -> None:
         self.requests_ok += 1
         self.sequences += num_sequences
         self.input_tokens += num_tokens
+        self.output_tokens += num_generated
         self.queue_s += result.timings.queue_s
         self.load_wait_s += result.timings.load_wait_s
 
@@ -82,6 +84,12 @@ def _payer(request: Request) -> str:
     return request.tenant or request.adapter.tenant
 
 
+def num_generated_tokens(result: Result) -> int:
+    """Over all sequences and samples of a generating request."""
+    generated = (output for output in result.outputs if isinstance(output, Generated))
+    return sum(len(sample.tokens) for output in generated for sample in output.samples)
+
+
 class UsageMeter(EngineObserver):
     """Counts in the engine's thread, is read from any other; the lock is held for one tenant at a time.
 
@@ -112,10 +120,11 @@ class UsageMeter(EngineObserver):
                 counts.requests_failed += 1
                 tenant.requests_failed += 1
                 return
-            counts.add_answer(len(request.sequences), num_tokens, result)
+            num_generated = 0 if request.generation is None else num_generated_tokens(result)
+            counts.add_answer(len(request.sequences), num_tokens, num_generated, result)
             tenant.requests_ok += 1
             tenant.tokens += num_tokens
-        self._answered.append(_Answered(counts, num_tokens, result.timings.forward_s))
+        self._answered.append(_Answered(counts, num_tokens + num_generated, result.timings.forward_s))
         if len(self._answered) >= _MAX_PENDING:  # no batch is reported: each is charged all the time it took
             self._charge(float("inf"))
 

@@ -9,9 +9,14 @@ from typing import Any
 
 from typer.main import get_command
 
+from lora_runtime.sampling.finish import FinishReason
 from server.cli import app
+from server.metrics import SERIES
+from server.runner_metrics import HELP as RUNNER_SERIES
+from server.tenancy.usage_metrics import SERIES as TENANT_SERIES
 from tests.benchmarks.render import ROOT, render
 
+COMMANDS = {"serve", "train", "demo", "bench", "adapters", "generate", "translate", "chat"}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -22,9 +27,9 @@ def test_every_figure_comes_from_a_committed_result() -> None:
 def test_every_command_named_exists() -> None:
     group = get_command(app)
     named = set(re.findall(r"multilora (\w+)", README)) - {"encoder"}
-    for name in named & {"serve", "train", "demo", "bench", "adapters"}:
+    for name in named & COMMANDS:
         assert group.get_command(None, name) is not None  # pyright: ignore
-    assert {"serve", "train", "demo", "bench", "adapters"} <= named
+    assert named >= COMMANDS
 
 
 def test_every_flag_named_exists() -> None:
@@ -43,6 +48,14 @@ def test_every_adapter_command_has_a_row() -> None:
     group = get_command(app).get_command(None, "adapters")  # pyright: ignore
     table = "".join(line for line in README.splitlines() if line.startswith("| `") and re.search("Adapter|Alias", line))
     assert {name for name in group.list_commands(None) if f"`{name}`" not in table} == {"inspect"}
+
+
+def test_every_metric_named_exists_and_generation_has_a_table() -> None:
+    assert set(re.findall(r"multilora_[a-z_]+", README)) <= {*SERIES, *RUNNER_SERIES, *TENANT_SERIES}
+    rows = dict(re.findall(r"^\| `(multilora_[a-z_]+)` \| (.*) \|$", README, re.MULTILINE))
+    of_generation = {name for name in SERIES if re.search(r"token_|tokens_total|samples|streams", name)}
+    assert rows.keys() == of_generation
+    assert set(re.findall("`([a-z_]+)`", rows["multilora_finished_samples_total"])) == {"finish_reason", *FinishReason}
 
 
 def flags_of(command: Any) -> Iterator[str]:

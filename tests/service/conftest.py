@@ -42,12 +42,13 @@ async def server(adapter_root: Path) -> AsyncGenerator[Harness]:
 
 @pytest.fixture
 async def tasks(tmp_path: Path) -> AsyncGenerator[Harness]:
-    """A server with an adapter for each task: `spam`, `people`, `reader`, `vectors` (CLS, of length 1)."""
+    """A server with an adapter for each task: `spam`, `people`, `reader`, `vectors` (CLS, of length 1), `writer`."""
     root = tmp_path / "tasks"
     write_adapter(root / "spam", labels=["ham", "spam"])
     write_adapter(root / "people", task="classify_tokens", labels=["O", "B-PER", "I-PER"])
     write_adapter(root / "reader", task="answer", labels=[])
     write_adapter(root / "vectors", task="embed", pooling="cls", normalize=True)
+    write_adapter(root / "writer", task="generate")
     write_adapter(root / "spelled", task="embed", max_length=6, tokenizer_sha256="cd" * 32)
     async with running(root, max_inputs=8, max_queued_sequences=8) as harness:
         yield harness

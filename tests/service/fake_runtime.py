@@ -16,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lora_runtime.adapters.sources.api import Origin
 from lora_runtime.catalogue import Catalogue
@@ -31,6 +31,8 @@ from lora_runtime.errors import (
     TaskMismatch,
 )
 from lora_runtime.observers import EngineObserver
+from lora_runtime.prompts.spec import PromptSpec
+from lora_runtime.prompts.template import PromptTemplate
 from lora_runtime.shares import Shares
 from lora_runtime.types import (
     BASE_NAME,
@@ -57,6 +59,7 @@ from lora_runtime.types import (
     Unloaded,
 )
 from tests.service.fake_encoder import FakeEncoder
+from tests.service.fake_generation import FakeDecoding, FakeTextGeneration
 
 T = TypeVar("T")
 
@@ -73,12 +76,19 @@ BASE = AdapterInfo(
 
 
 class FakeEngine:
-    """One thread answers in order. Clear `gate` to hold requests back; set `answer` to replace answers."""
+    """One thread answers in order. Clear `gate` to hold requests back; set `answer` to replace answers.
+
+    Requests that generate go on side by side, a token each a step; put a semaphore into `steps` to allow them singly.
+    """
 
     def __init__(self) -> None:
         self.gate = threading.Event()
         self.gate.set()
         self.answer: Callable[[Request], Result] = self._answer
+        self.steps: threading.Semaphore | None = None
+        self.fault: Callable[[Request], MultiloraError | None] = lambda _: (
+            None
+        )  # of a request that generates, at a step
         self.cancelled: set[str] = set()
         self.submitted: list[Request] = []
         self.seen: list[Request] = []  # those that a batch took
@@ -86,6 +96,7 @@ class FakeEngine:
         self.catalogue = Catalogue(BASE)
         self._observers: list[EngineObserver] = []
         self._requests: queue.Queue[tuple[Request, Future[Result]] | None] = queue.Queue()
+        self._generating: dict[str, tuple[Request, Future[Result], FakeDecoding]] = {}
         self.ended: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -236,41 +247,94 @@ class FakeEngine:
         for observer in self._observers:
             getattr(observer, event)(fact)
 
+    @property
+    def num_generating(self) -> int:
+        return len(self._generating)
+
     def _run(self) -> None:
-        while (item := self._requests.get()) is not None:
+        while True:
+            try:
+                item = self._requests.get(block=not self._generating)
+            except queue.Empty:
+                self._step()
+                continue
+            if item is None:
+                return
             request, future = item
             self.gate.wait()
             outcome = self._outcome(request)
-            if isinstance(outcome, Result):
-                future.set_result(outcome)
+            if outcome is None:
+                self._generating[request.request_id] = request, future, FakeDecoding(request)
             else:
-                future.set_exception(outcome)
-            if isinstance(outcome, Result | MultiloraError):
-                for observer in self._observers:
-                    observer.on_result(request, outcome)
+                self._settle(request, future, outcome)
 
-    def _outcome(self, request: Request) -> Result | Exception:
-        self.seen.append(request)
+    def _step(self) -> None:
+        """A token of every sample; before it, requests that were cancelled or are late are answered."""
+        for request, future, _ in [*self._generating.values()]:
+            if (error := self._dropped(request) or self.fault(request)) is not None:
+                self._end(request, future, error)
+        if self.steps is not None and not self.steps.acquire(timeout=0.005):
+            return
+        for request, future, decoding in [*self._generating.values()]:
+            try:
+                outputs = decoding.step()
+            except Exception as error:  # noqa: BLE001 - a fault of the fake's, which its test is to see
+                self._end(request, future, error)
+                continue
+            if outputs is not None:
+                info = self.catalogue.get(request.adapter)
+                assert info.card is not None
+                timings = Timings(0.001, 0.0, 0.002)
+                self._end(request, future, Result(info.id, info.digest or DIGEST, info.card, outputs, timings))
+
+    def _end(self, request: Request, future: Future[Result], outcome: Result | Exception) -> None:
+        del self._generating[request.request_id]
+        self._settle(request, future, outcome)
+
+    def _settle(self, request: Request, future: Future[Result], outcome: Result | Exception) -> None:
+        if isinstance(outcome, Result):
+            future.set_result(outcome)
+        else:
+            future.set_exception(outcome)
+        if isinstance(outcome, Result | MultiloraError):
+            for observer in self._observers:
+                observer.on_result(request, outcome)
+
+    def _dropped(self, request: Request) -> MultiloraError | None:
         if request.request_id in self.cancelled:
             return RequestCancelled("the caller went away")
         if request.deadline_monotonic is not None and request.deadline_monotonic < time.monotonic():
             return DeadlineExpired("the deadline passed in the queue")
+        return None
+
+    def _outcome(self, request: Request) -> Result | Exception | None:
+        """None: it generates from now on."""
+        self.seen.append(request)
+        if (dropped := self._dropped(request)) is not None:
+            return dropped
         try:
+            if request.generation is not None and self.answer == self._answer:
+                self._ready(request)
+                return None
             return self.answer(request)
         except Exception as error:  # noqa: BLE001 - tests inject anything
             return error
 
-    def _answer(self, request: Request) -> Result:
+    def _ready(self, request: Request) -> AdapterInfo:
         known = self.catalogue.get(request.adapter)
         if known.failure is not None:
             raise AdapterFailed(str(known.id), known.failure)
         info = self._load(request.adapter)
+        if info.card is not None and info.card.task is not request.task:
+            raise TaskMismatch(str(info.id), request.task, info.card.task)
+        return info
+
+    def _answer(self, request: Request) -> Result:
+        info = self._ready(request)
         card = info.card
         assert card is not None
         assert info.digest is not None
-        if card.task is not request.task:
-            raise TaskMismatch(str(info.id), request.task, card.task)
-        outputs = tuple(fake_output(request, sequence, card) for sequence in request.sequences)
+        outputs = _generated(request) or tuple(fake_output(request, sequence, card) for sequence in request.sequences)
         num_tokens = sum(sequence.num_tokens for sequence in request.sequences)
         for observer in self._observers:
             observer.on_batch(BatchStats(len(outputs), num_tokens, int(not info.id.is_base), 0.002))
@@ -295,6 +359,10 @@ class FakeRuntime:
         self.tokenizer_gate.wait()
         return FakeEncoder(by_character=info.card is not None and info.card.tokenizer_sha256 is not None)
 
+    def generation_for(self, info: AdapterInfo) -> FakeTextGeneration:
+        self.encoder_for(info)
+        return FakeTextGeneration()
+
     def warm_up(self) -> None:
         self.warmed_up_with = {str(info.id) for info in self.engine.catalogue.all() if info.state is AdapterState.READY}
 
@@ -307,12 +375,22 @@ class FakeRuntime:
         self.engine.stop()
 
 
+def _generated(request: Request) -> tuple[Output, ...]:
+    """All at once; nothing for other tasks."""
+    if request.generation is None:
+        return ()
+    decoding = FakeDecoding(request)
+    while (outputs := decoding.step()) is None:
+        pass
+    return outputs
+
+
 def fake_output(request: Request, sequence: TokenSequence, card: AdapterCard) -> Output:
     """A function of the token ids and of what was asked.
 
     CLASSIFY: logits that depend on text and label; all equal for an empty text. CLASSIFY_TOKENS: label `id % labels`,
     by 4 logits. ANSWER: start and end logits are `id % 10 - 2`, 0 for special tokens. EMBED: (tokens, sum of ids % 11,
-    which pooling).
+    which pooling). GENERATE is in `fake_generation`.
     """
     ids = sequence.input_ids
     match request.task:
@@ -361,7 +439,13 @@ def _read_card(path: Path) -> AdapterCard:
         pooling=Pooling(config.get("pooling", "mean")) if config.get("task") == Task.EMBED else None,
         normalize=config.get("normalize", False),
         tokenizer_sha256=config.get("tokenizer_sha256"),
+        prompt=_prompt(config["prompt"]) if "prompt" in config else None,
     )
+
+
+def _prompt(config: dict[str, Any]) -> PromptSpec:
+    template = PromptTemplate.parse(config["template"]) if "template" in config else None
+    return PromptSpec(template, config.get("chat", False), config.get("system"), config.get("defaults", {}))
 
 
 def _attempt(work: Callable[[], T]) -> Future[T]:

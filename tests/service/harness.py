@@ -142,6 +142,16 @@ def question_request(adapter: str, *pairs: tuple[str, str], **fields: Any) -> in
     return inference_pb2.AnswerQuestionRequest(adapter=adapter, inputs=inputs, **fields)
 
 
+def generate_request(adapter: str, *texts: str, **fields: Any) -> inference_pb2.GenerateRequest:
+    inputs = [inference_pb2.PromptInput(text=text) for text in texts]
+    return inference_pb2.GenerateRequest(adapter=adapter, inputs=inputs, **fields)
+
+
+def translate_request(adapter: str, *texts: str, **fields: Any) -> inference_pb2.TranslateRequest:
+    inputs = [inference_pb2.TextInput(text=text) for text in texts]
+    return inference_pb2.TranslateRequest(adapter=adapter, inputs=inputs, **fields)
+
+
 def embed_request(adapter: str, *texts: str, **fields: Any) -> inference_pb2.EmbedRequest:
     inputs = [inference_pb2.TextInput(text=text) for text in texts]
     return inference_pb2.EmbedRequest(adapter=adapter, inputs=inputs, **fields)

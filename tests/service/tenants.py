@@ -27,12 +27,13 @@ from server.tenancy.keys import KeyStore, utc_now
 from server.tenancy.model import Role
 from tests.service.harness import Harness, running
 
-INFERENCE = ("Classify", "ClassifyTokens", "AnswerQuestion", "Embed")
+INFERENCE = ("Classify", "ClassifyTokens", "AnswerQuestion", "Embed", "Generate", "GenerateStream", "Translate")
 CHANGES = (
     "RegisterAdapter", "UploadAdapter", "LoadAdapter", "UnloadAdapter", "PinAdapter", "SetAlias", "DeleteAlias",
     "DeleteAdapter",
 )  # fmt: skip
 READS = ("GetAdapter", "ListAdapters", "WatchAdapters")
+STREAMS = ("WatchAdapters", "GenerateStream")
 METHODS = (*INFERENCE, *CHANGES, *READS, "GetUsage")
 
 
@@ -55,18 +56,21 @@ class Caller:
     def __call__(self, method: str, request: Any, **options: Any) -> Any:
         """The reply, or the first one of a stream; to be awaited."""
         call = self.start(method, request, **options)
-        return call.read() if method == "WatchAdapters" else call
+        return call.read() if method in STREAMS else call
 
 
 def request_for(method: str, adapter: str = "news", **fields: Any) -> Any:
     """A request of any method that is right but for what it names."""
     texts = [inference_pb2.TextInput(text="x")]
     match method:
-        case "Classify" | "ClassifyTokens" | "Embed":
+        case "Classify" | "ClassifyTokens" | "Embed" | "Translate":
             return getattr(inference_pb2, f"{method}Request")(adapter=adapter, inputs=texts, **fields)
         case "AnswerQuestion":
             inputs = [inference_pb2.QuestionInput(question="x", context="y")]
             return inference_pb2.AnswerQuestionRequest(adapter=adapter, inputs=inputs, **fields)
+        case "Generate" | "GenerateStream":
+            prompts = [inference_pb2.PromptInput(text="x")]
+            return inference_pb2.GenerateRequest(adapter=adapter, inputs=prompts, **fields)
         case "UploadAdapter":
             file = adapters_pb2.UploadFile(path="adapter_config.json", num_bytes=0, sha256="0" * 64)
             header = adapters_pb2.UploadHeader(name=adapter, files=[file], **fields)

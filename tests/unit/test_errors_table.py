@@ -13,6 +13,7 @@ from server.control.uploads import UploadTooLarge
 from server.early_refusal import DeadlineUnreachable
 from server.rpc.caller import PermissionDenied
 from server.rpc.errors import CODES, code_of, to_status
+from server.rpc.stalls import StreamStalled
 from server.rpc.uploading import UploadsDisabled, UploadStalled
 from server.tenancy.authenticate import Unauthenticated
 from server.tenancy.quota import Quota, QuotaExceeded
@@ -46,6 +47,7 @@ SAMPLES: list[errors.MultiloraError] = [
     UploadsDisabled(),
     UploadStalled(),
     WatchTooSlow(10_000),
+    StreamStalled(30.0),
 ]
 
 

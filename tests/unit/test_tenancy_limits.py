@@ -384,3 +384,29 @@ def test_tenants_whose_buckets_are_full_again_are_forgotten_two_by_two() -> None
         server.clock.now += 1
     assert len(server.limits) == 2, "the one that asks and the one that is held"
     held.release()
+
+
+# Generated tokens
+
+
+def test_generated_tokens_are_charged_as_they_come_and_stop_nobody_who_runs() -> None:
+    server = Server(Limits(tokens_per_minute=60))
+    permit = server.admit(tokens=10)
+    permit.add_generated(45)
+    assert server.refused(tokens=6).quota is Quota.TOKENS_PER_MINUTE
+    permit.add_generated(45)  # into debt
+    permit.release()
+    server.clock.now += 39.0
+    server.refused(tokens=1)
+    server.clock.now += 2.0
+    server.admit(tokens=1).release()
+
+
+def test_generated_tokens_are_never_given_back() -> None:
+    server = Server(Limits(tokens_per_minute=60))
+    permit = server.admit(tokens=10)
+    permit.add_generated(40)
+    permit.refund()
+    permit.release()
+    server.refused(tokens=21)
+    server.admit(tokens=20)

@@ -12,6 +12,10 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from lora_runtime.errors import DeadlineExpired
+from lora_runtime.generation import Generated, Generation, Sample
+from lora_runtime.sampling.finish import FinishReason
+from lora_runtime.sampling.params import SamplingParams
+from lora_runtime.sampling.tokens import SampledToken
 from lora_runtime.types import AdapterCard, AdapterId, BatchStats, ProblemType, Request, Result, Task, Timings
 from lora_runtime.types import TokenSequence as Sequence
 from server.tenancy.usage import OTHER_TENANTS, UsageEntry, UsageMeter
@@ -58,6 +62,19 @@ def test_requests_sequences_tokens_and_waits_are_summed() -> None:
     assert (counts.requests_ok, counts.requests_failed) == (2, 1)
     assert (counts.sequences, counts.input_tokens, counts.output_tokens) == (3, 12, 0)
     assert (counts.queue_s, counts.load_wait_s) == (0.75, 2.0)
+
+
+def test_generated_tokens_are_summed_over_samples() -> None:
+    meter = UsageMeter()
+    samples = tuple(Sample("x", (SampledToken(7),) * length, FinishReason.EOS) for length in (2, 3))
+    asked = replace(
+        request(NEWS, 4), task=Task.GENERATE, generation=Generation(SamplingParams(n=2), lambda: pytest.fail("no text"))
+    )
+    meter.on_result(asked, replace(answer(NEWS), outputs=(Generated(samples),)))
+    counts = one(meter).counts
+    assert (counts.sequences, counts.input_tokens, counts.output_tokens) == (1, 4, 5)
+    meter.on_batch(batch(1, 0.5))  # the last token's batch: no more than the request took
+    assert one(meter).counts.forward_s == pytest.approx(4.5)
 
 
 def test_a_batchs_seconds_are_charged_by_tokens() -> None:

@@ -24,19 +24,19 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19multilora/v1/common.proto\x12\x0cmultilora.v1\"\xa0\x01\n\x07Timings\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x18\n\x10tokenize_seconds\x18\x02 \x01(\x01\x12\x19\n\x11load_wait_seconds\x18\x03 \x01(\x01\x12\x17\n\x0f\x66orward_seconds\x18\x04 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x05 \x01(\x01\x12\x19\n\x11interpret_seconds\x18\x06 \x01(\x01*}\n\x04Task\x12\x14\n\x10TASK_UNSPECIFIED\x10\x00\x12\x11\n\rTASK_CLASSIFY\x10\x01\x12\x18\n\x14TASK_CLASSIFY_TOKENS\x10\x02\x12\x0f\n\x0bTASK_ANSWER\x10\x03\x12\x0e\n\nTASK_EMBED\x10\x04\x12\x11\n\rTASK_GENERATE\x10\x05*W\n\x07Pooling\x12\x17\n\x13POOLING_UNSPECIFIED\x10\x00\x12\x10\n\x0cPOOLING_MEAN\x10\x01\x12\x0f\n\x0bPOOLING_CLS\x10\x02\x12\x10\n\x0cPOOLING_LAST\x10\x03*\x85\x01\n\x0bProblemType\x12\x1c\n\x18PROBLEM_TYPE_UNSPECIFIED\x10\x00\x12\x1d\n\x19PROBLEM_TYPE_SINGLE_LABEL\x10\x01\x12\x1c\n\x18PROBLEM_TYPE_MULTI_LABEL\x10\x02\x12\x1b\n\x17PROBLEM_TYPE_REGRESSION\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19multilora/v1/common.proto\x12\x0cmultilora.v1\"\xda\x01\n\x07Timings\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x18\n\x10tokenize_seconds\x18\x02 \x01(\x01\x12\x19\n\x11load_wait_seconds\x18\x03 \x01(\x01\x12\x17\n\x0f\x66orward_seconds\x18\x04 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x05 \x01(\x01\x12\x19\n\x11interpret_seconds\x18\x06 \x01(\x01\x12 \n\x13\x66irst_token_seconds\x18\x07 \x01(\x01H\x00\x88\x01\x01\x42\x16\n\x14_first_token_seconds*}\n\x04Task\x12\x14\n\x10TASK_UNSPECIFIED\x10\x00\x12\x11\n\rTASK_CLASSIFY\x10\x01\x12\x18\n\x14TASK_CLASSIFY_TOKENS\x10\x02\x12\x0f\n\x0bTASK_ANSWER\x10\x03\x12\x0e\n\nTASK_EMBED\x10\x04\x12\x11\n\rTASK_GENERATE\x10\x05*W\n\x07Pooling\x12\x17\n\x13POOLING_UNSPECIFIED\x10\x00\x12\x10\n\x0cPOOLING_MEAN\x10\x01\x12\x0f\n\x0bPOOLING_CLS\x10\x02\x12\x10\n\x0cPOOLING_LAST\x10\x03*\x85\x01\n\x0bProblemType\x12\x1c\n\x18PROBLEM_TYPE_UNSPECIFIED\x10\x00\x12\x1d\n\x19PROBLEM_TYPE_SINGLE_LABEL\x10\x01\x12\x1c\n\x18PROBLEM_TYPE_MULTI_LABEL\x10\x02\x12\x1b\n\x17PROBLEM_TYPE_REGRESSION\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'multilora.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TASK']._serialized_start=206
-  _globals['_TASK']._serialized_end=331
-  _globals['_POOLING']._serialized_start=333
-  _globals['_POOLING']._serialized_end=420
-  _globals['_PROBLEMTYPE']._serialized_start=423
-  _globals['_PROBLEMTYPE']._serialized_end=556
+  _globals['_TASK']._serialized_start=264
+  _globals['_TASK']._serialized_end=389
+  _globals['_POOLING']._serialized_start=391
+  _globals['_POOLING']._serialized_end=478
+  _globals['_PROBLEMTYPE']._serialized_start=481
+  _globals['_PROBLEMTYPE']._serialized_end=614
   _globals['_TIMINGS']._serialized_start=44
-  _globals['_TIMINGS']._serialized_end=204
+  _globals['_TIMINGS']._serialized_end=262
 # @@protoc_insertion_point(module_scope)

@@ -18,10 +18,10 @@ import builtins as _builtins
 import sys
 import typing as _typing
 
-if sys.version_info >= (3, 11):
-    from typing import TypeAlias as _TypeAlias, Never as _Never
+if sys.version_info >= (3, 10):
+    from typing import TypeAlias as _TypeAlias
 else:
-    from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
+    from typing_extensions import TypeAlias as _TypeAlias
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
@@ -129,6 +129,7 @@ class Timings(_message.Message):
     FORWARD_SECONDS_FIELD_NUMBER: _builtins.int
     TOTAL_SECONDS_FIELD_NUMBER: _builtins.int
     INTERPRET_SECONDS_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_SECONDS_FIELD_NUMBER: _builtins.int
     queue_seconds: _builtins.float
     """Seconds in the engine's queue until the first batch formed, without the wait for the adapter."""
     tokenize_seconds: _builtins.float
@@ -141,6 +142,10 @@ class Timings(_message.Message):
     """Seconds from the arrival of the request to its reply, everything included."""
     interpret_seconds: _builtins.float
     """Seconds spent making the reply of the model's outputs (spans, labels, vectors), the wait for a thread included."""
+    first_token_seconds: _builtins.float
+    """Seconds from the arrival of the request until the first token that was generated for any of its inputs; set only
+    where text is generated.
+    """
     def __init__(
         self,
         *,
@@ -150,11 +155,14 @@ class Timings(_message.Message):
         forward_seconds: _builtins.float = ...,
         total_seconds: _builtins.float = ...,
         interpret_seconds: _builtins.float = ...,
+        first_token_seconds: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_first_token_seconds", b"_first_token_seconds", "first_token_seconds", b"first_token_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["forward_seconds", b"forward_seconds", "interpret_seconds", b"interpret_seconds", "load_wait_seconds", b"load_wait_seconds", "queue_seconds", b"queue_seconds", "tokenize_seconds", b"tokenize_seconds", "total_seconds", b"total_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_token_seconds", b"_first_token_seconds", "first_token_seconds", b"first_token_seconds", "forward_seconds", b"forward_seconds", "interpret_seconds", b"interpret_seconds", "load_wait_seconds", b"load_wait_seconds", "queue_seconds", b"queue_seconds", "tokenize_seconds", b"tokenize_seconds", "total_seconds", b"total_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__first_token_seconds: _TypeAlias = _typing.Literal["first_token_seconds"]  # noqa: Y015
+    _WhichOneofArgType__first_token_seconds: _TypeAlias = _typing.Literal["_first_token_seconds", b"_first_token_seconds"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__first_token_seconds) -> _WhichOneofReturnType__first_token_seconds | None: ...
 
 Global___Timings: _TypeAlias = Timings  # noqa: Y015

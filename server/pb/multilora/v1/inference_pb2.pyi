@@ -76,6 +76,50 @@ SUBWORD_STRATEGY_MAX: SubwordStrategy.ValueType  # 3
 """The scores of the token that has the highest score of all."""
 Global___SubwordStrategy: _TypeAlias = SubwordStrategy  # noqa: Y015
 
+class _FinishReason:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishReason.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FINISH_REASON_UNSPECIFIED: _FinishReason.ValueType  # 0
+    """It has not ended, or was not generated."""
+    FINISH_REASON_EOS: _FinishReason.ValueType  # 1
+    """The model wrote an end-of-sequence token."""
+    FINISH_REASON_STOP_TOKEN: _FinishReason.ValueType  # 2
+    """A token of `sampling.stop_token_ids`."""
+    FINISH_REASON_STOP_STRING: _FinishReason.ValueType  # 3
+    """A text of `sampling.stop`."""
+    FINISH_REASON_LENGTH: _FinishReason.ValueType  # 4
+    """`sampling.max_new_tokens`, or the model's context is full."""
+    FINISH_REASON_CANCELLED: _FinishReason.ValueType  # 5
+    """The caller went away."""
+    FINISH_REASON_DEADLINE: _FinishReason.ValueType  # 6
+    """The caller's deadline passed."""
+    FINISH_REASON_ERROR: _FinishReason.ValueType  # 7
+    """No token could be drawn: the logits are not finite, or the constraint allows none."""
+
+class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
+    """Why generation of a sample ended."""
+
+FINISH_REASON_UNSPECIFIED: FinishReason.ValueType  # 0
+"""It has not ended, or was not generated."""
+FINISH_REASON_EOS: FinishReason.ValueType  # 1
+"""The model wrote an end-of-sequence token."""
+FINISH_REASON_STOP_TOKEN: FinishReason.ValueType  # 2
+"""A token of `sampling.stop_token_ids`."""
+FINISH_REASON_STOP_STRING: FinishReason.ValueType  # 3
+"""A text of `sampling.stop`."""
+FINISH_REASON_LENGTH: FinishReason.ValueType  # 4
+"""`sampling.max_new_tokens`, or the model's context is full."""
+FINISH_REASON_CANCELLED: FinishReason.ValueType  # 5
+"""The caller went away."""
+FINISH_REASON_DEADLINE: FinishReason.ValueType  # 6
+"""The caller's deadline passed."""
+FINISH_REASON_ERROR: FinishReason.ValueType  # 7
+"""No token could be drawn: the logits are not finite, or the constraint allows none."""
+Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
+
 @_typing.final
 class TextInput(_message.Message):
     """One text, or a pair of texts."""
@@ -469,8 +513,9 @@ class QuestionInput(_message.Message):
     question: _builtins.str
     """The question, UTF-8. Not empty, and short enough to leave room for the context."""
     context: _builtins.str
-    """The text in which the answer is looked for, UTF-8. Not empty. May be longer than the adapter allows: it is then
-    read in windows, at most 64.
+    """The text in which the answer is looked for, UTF-8. Not empty, except for a generating adapter, and there only where
+    its prompt template has a field `context`. May be longer than an extractive adapter allows: it is then read in
+    windows, at most 64.
     """
     def __init__(
         self,
@@ -505,12 +550,14 @@ class AnswerQuestionRequest(_message.Message):
     """Which adapter answers, as in ClassifyRequest."""
     top_k: _builtins.int
     """How many answers to return for each question, best first; 1 to 100. Unset: 1. Fewer are returned where a context
-    has fewer.
+    has fewer. A generating adapter gives one.
     """
     max_answer_tokens: _builtins.int
-    """Longest answer, in tokens; 1 to 512. Unset: 30."""
+    """Longest answer, in tokens; 1 to 512. Unset: 30; for a generating adapter its own `max_new_tokens`, else 256."""
     allow_no_answer: _builtins.bool
-    """Also consider that the context holds no answer, for adapters that were trained to tell (SQuAD 2.0)."""
+    """Also consider that the context holds no answer, for adapters that were trained to tell (SQuAD 2.0). Not for a
+    generating adapter, as are the next two.
+    """
     no_answer_threshold: _builtins.float
     """How much better than the best span, in logits, "no answer" has to be before it is the best answer. Higher: fewer
     questions are left without an answer. Only with `allow_no_answer`.
@@ -574,6 +621,7 @@ class AnswerQuestionResponse(_message.Message):
     DIGEST_FIELD_NUMBER: _builtins.int
     RESULTS_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
     """Resource name of the adapter version that answered: `tenants/{tenant}/adapters/{adapter}/versions/{version}`."""
     version: _builtins.int
@@ -588,6 +636,10 @@ class AnswerQuestionResponse(_message.Message):
     def timings(self) -> _common_pb2.Timings:
         """Where the time of this request went."""
 
+    @_builtins.property
+    def usage(self) -> Global___Usage:
+        """Tokens read and written; set only where the answers were generated."""
+
     def __init__(
         self,
         *,
@@ -596,10 +648,11 @@ class AnswerQuestionResponse(_message.Message):
         digest: _builtins.str = ...,
         results: _abc.Iterable[Global___AnswerQuestionResult] | None = ...,
         timings: _common_pb2.Timings | None = ...,
+        usage: Global___Usage | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "digest", b"digest", "results", b"results", "timings", b"timings", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "digest", b"digest", "results", b"results", "timings", b"timings", "usage", b"usage", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -639,7 +692,7 @@ Global___AnswerQuestionResult: _TypeAlias = AnswerQuestionResult  # noqa: Y015
 
 @_typing.final
 class Answer(_message.Message):
-    """One answer to a question: a span of the context, or that there is none."""
+    """One answer to a question: a span of the context, or that there is none, or a text that was generated."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -649,12 +702,14 @@ class Answer(_message.Message):
     END_FIELD_NUMBER: _builtins.int
     SCORE_FIELD_NUMBER: _builtins.int
     LOGIT_FIELD_NUMBER: _builtins.int
+    GENERATED_FIELD_NUMBER: _builtins.int
+    FINISH_REASON_FIELD_NUMBER: _builtins.int
     no_answer: _builtins.bool
     """Whether this entry says that the context holds no answer; then `text` is empty, and `start` and `end` are 0. Only
     with `allow_no_answer`; it takes a place among the `top_k`.
     """
     text: _builtins.str
-    """The text between `start` and `end`."""
+    """The text between `start` and `end`; with `generated`, the text that was written."""
     start: _builtins.int
     """Where the answer begins, in Unicode code points from the start of the context as it was sent."""
     end: _builtins.int
@@ -667,6 +722,12 @@ class Answer(_message.Message):
     """Logit of the span's first token as a start plus that of its last token as an end; of "no answer", both at the
     tokenizer's CLS token, the lowest over windows.
     """
+    generated: _builtins.bool
+    """Whether the text was written by a generating adapter. Then it need not occur in the context, and `start`, `end`,
+    `score` and `logit` are 0.
+    """
+    finish_reason: Global___FinishReason.ValueType
+    """Why it ended; set only with `generated`."""
     def __init__(
         self,
         *,
@@ -676,10 +737,12 @@ class Answer(_message.Message):
         end: _builtins.int = ...,
         score: _builtins.float = ...,
         logit: _builtins.float = ...,
+        generated: _builtins.bool = ...,
+        finish_reason: Global___FinishReason.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "logit", b"logit", "no_answer", b"no_answer", "score", b"score", "start", b"start", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "finish_reason", b"finish_reason", "generated", b"generated", "logit", b"logit", "no_answer", b"no_answer", "score", b"score", "start", b"start", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -826,3 +889,839 @@ class EmbedResult(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EmbedResult: _TypeAlias = EmbedResult  # noqa: Y015
+
+@_typing.final
+class ChatMessage(_message.Message):
+    """One message of a conversation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
+    role: _builtins.str
+    """Who speaks: `system`, `user` or `assistant`."""
+    content: _builtins.str
+    """What is said, UTF-8."""
+    def __init__(
+        self,
+        *,
+        role: _builtins.str = ...,
+        content: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChatMessage: _TypeAlias = ChatMessage  # noqa: Y015
+
+@_typing.final
+class PromptInput(_message.Message):
+    """What the model continues; exactly one of the three is given."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class FieldsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    FIELDS_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """The prompt itself, UTF-8, to which nothing is added but the tokenizer's special tokens. Not empty."""
+    @_builtins.property
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
+        """A conversation, oldest message first, which the chat template of the adapter's tokenizer makes a prompt of. Only
+        where it has one. At most 1024 messages.
+        """
+
+    @_builtins.property
+    def fields(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """The value of each field of the adapter's prompt template, by the field's name; all of them, and no other. Only where
+        the adapter has a template.
+        """
+
+    def __init__(
+        self,
+        *,
+        text: _builtins.str | None = ...,
+        messages: _abc.Iterable[Global___ChatMessage] | None = ...,
+        fields: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_text", b"_text", "text", b"text"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_text", b"_text", "fields", b"fields", "messages", b"messages", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__text: _TypeAlias = _typing.Literal["text"]  # noqa: Y015
+    _WhichOneofArgType__text: _TypeAlias = _typing.Literal["_text", b"_text"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__text) -> _WhichOneofReturnType__text | None: ...
+
+Global___PromptInput: _TypeAlias = PromptInput  # noqa: Y015
+
+@_typing.final
+class SamplingParams(_message.Message):
+    """How tokens are drawn and when generation ends. What is not set is as the adapter's files say, else as told here. The
+    order of steps is that of Hugging Face transformers: penalties, `min_new_tokens`, temperature, top-k, top-p, min-p.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEMPERATURE_FIELD_NUMBER: _builtins.int
+    TOP_K_FIELD_NUMBER: _builtins.int
+    TOP_P_FIELD_NUMBER: _builtins.int
+    MIN_P_FIELD_NUMBER: _builtins.int
+    REPETITION_PENALTY_FIELD_NUMBER: _builtins.int
+    PRESENCE_PENALTY_FIELD_NUMBER: _builtins.int
+    FREQUENCY_PENALTY_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    STOP_FIELD_NUMBER: _builtins.int
+    INCLUDE_STOP_FIELD_NUMBER: _builtins.int
+    STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    MIN_NEW_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_NEW_TOKENS_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    N_FIELD_NUMBER: _builtins.int
+    IGNORE_EOS_FIELD_NUMBER: _builtins.int
+    temperature: _builtins.float
+    """Logits are divided by it: 0.001 to 100, or 0 for the best token always (greedy). Unset: 1; 0 in Translate."""
+    top_k: _builtins.int
+    """Only the k best tokens, and those that equal the k-th, are drawn from; 0 is off. Unset: 0."""
+    top_p: _builtins.float
+    """Only the fewest best tokens whose probabilities reach this sum are drawn from: above 0, at most 1, which is off.
+    Unset: 1.
+    """
+    min_p: _builtins.float
+    """Tokens below this share of the best one's probability are left out: 0, which is off, to 1. Unset: 0."""
+    repetition_penalty: _builtins.float
+    """Divides positive logits, and multiplies negative ones, of tokens in the prompt or generated before: 0.01 to 100; 1
+    is off. Unset: 1.
+    """
+    presence_penalty: _builtins.float
+    """Taken once from the logit of each token generated before: -2 to 2; 0 is off. Unset: 0."""
+    frequency_penalty: _builtins.float
+    """Taken from the logit of each token as often as it was generated before: -2 to 2; 0 is off. Unset: 0."""
+    seed: _builtins.int
+    """The same seed draws the same tokens from the same logits; at least 0. Unset: a random one."""
+    include_stop: _builtins.bool
+    """Whether the stop text that was found stays at the end of the text. Unset: it does not."""
+    min_new_tokens: _builtins.int
+    """Neither an end-of-sequence nor a stop token is drawn before that many tokens. Unset: 0."""
+    max_new_tokens: _builtins.int
+    """Most tokens of a sample: at least 1, and no more than the server allows (4096 unless configured otherwise). What
+    the adapter's files say is cut to that. A sample ends earlier where the model's context is full. Unset: 256.
+    """
+    logprobs: _builtins.int
+    """Number of best alternatives that are told with the log-probability of each token, 0 to 20. Unset: no
+    log-probabilities.
+    """
+    n: _builtins.int
+    """Independent samples of each prompt, 1 to 128; only 1 where the temperature is 0. Unset: 1."""
+    ignore_eos: _builtins.bool
+    """Whether the model's end-of-sequence tokens end nothing. Unset: they do."""
+    @_builtins.property
+    def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Texts that end generation; at most 16, each of 1 to 256 characters. None: as the adapter's files say."""
+
+    @_builtins.property
+    def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Ids of tokens that end generation, besides the model's own end-of-sequence tokens; at most 64. None: as the
+        adapter's files say.
+        """
+
+    def __init__(
+        self,
+        *,
+        temperature: _builtins.float | None = ...,
+        top_k: _builtins.int | None = ...,
+        top_p: _builtins.float | None = ...,
+        min_p: _builtins.float | None = ...,
+        repetition_penalty: _builtins.float | None = ...,
+        presence_penalty: _builtins.float | None = ...,
+        frequency_penalty: _builtins.float | None = ...,
+        seed: _builtins.int | None = ...,
+        stop: _abc.Iterable[_builtins.str] | None = ...,
+        include_stop: _builtins.bool | None = ...,
+        stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        min_new_tokens: _builtins.int | None = ...,
+        max_new_tokens: _builtins.int | None = ...,
+        logprobs: _builtins.int | None = ...,
+        n: _builtins.int | None = ...,
+        ignore_eos: _builtins.bool | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty", "_ignore_eos", b"_ignore_eos", "_include_stop", b"_include_stop", "_logprobs", b"_logprobs", "_max_new_tokens", b"_max_new_tokens", "_min_new_tokens", b"_min_new_tokens", "_min_p", b"_min_p", "_n", b"_n", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "include_stop", b"include_stop", "logprobs", b"logprobs", "max_new_tokens", b"max_new_tokens", "min_new_tokens", b"min_new_tokens", "min_p", b"min_p", "n", b"n", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty", "_ignore_eos", b"_ignore_eos", "_include_stop", b"_include_stop", "_logprobs", b"_logprobs", "_max_new_tokens", b"_max_new_tokens", "_min_new_tokens", b"_min_new_tokens", "_min_p", b"_min_p", "_n", b"_n", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "include_stop", b"include_stop", "logprobs", b"logprobs", "max_new_tokens", b"max_new_tokens", "min_new_tokens", b"min_new_tokens", "min_p", b"min_p", "n", b"n", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__frequency_penalty: _TypeAlias = _typing.Literal["frequency_penalty"]  # noqa: Y015
+    _WhichOneofArgType__frequency_penalty: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty"]  # noqa: Y015
+    _WhichOneofReturnType__ignore_eos: _TypeAlias = _typing.Literal["ignore_eos"]  # noqa: Y015
+    _WhichOneofArgType__ignore_eos: _TypeAlias = _typing.Literal["_ignore_eos", b"_ignore_eos"]  # noqa: Y015
+    _WhichOneofReturnType__include_stop: _TypeAlias = _typing.Literal["include_stop"]  # noqa: Y015
+    _WhichOneofArgType__include_stop: _TypeAlias = _typing.Literal["_include_stop", b"_include_stop"]  # noqa: Y015
+    _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
+    _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
+    _WhichOneofReturnType__max_new_tokens: _TypeAlias = _typing.Literal["max_new_tokens"]  # noqa: Y015
+    _WhichOneofArgType__max_new_tokens: _TypeAlias = _typing.Literal["_max_new_tokens", b"_max_new_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__min_new_tokens: _TypeAlias = _typing.Literal["min_new_tokens"]  # noqa: Y015
+    _WhichOneofArgType__min_new_tokens: _TypeAlias = _typing.Literal["_min_new_tokens", b"_min_new_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__min_p: _TypeAlias = _typing.Literal["min_p"]  # noqa: Y015
+    _WhichOneofArgType__min_p: _TypeAlias = _typing.Literal["_min_p", b"_min_p"]  # noqa: Y015
+    _WhichOneofReturnType__n: _TypeAlias = _typing.Literal["n"]  # noqa: Y015
+    _WhichOneofArgType__n: _TypeAlias = _typing.Literal["_n", b"_n"]  # noqa: Y015
+    _WhichOneofReturnType__presence_penalty: _TypeAlias = _typing.Literal["presence_penalty"]  # noqa: Y015
+    _WhichOneofArgType__presence_penalty: _TypeAlias = _typing.Literal["_presence_penalty", b"_presence_penalty"]  # noqa: Y015
+    _WhichOneofReturnType__repetition_penalty: _TypeAlias = _typing.Literal["repetition_penalty"]  # noqa: Y015
+    _WhichOneofArgType__repetition_penalty: _TypeAlias = _typing.Literal["_repetition_penalty", b"_repetition_penalty"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__temperature: _TypeAlias = _typing.Literal["temperature"]  # noqa: Y015
+    _WhichOneofArgType__temperature: _TypeAlias = _typing.Literal["_temperature", b"_temperature"]  # noqa: Y015
+    _WhichOneofReturnType__top_k: _TypeAlias = _typing.Literal["top_k"]  # noqa: Y015
+    _WhichOneofArgType__top_k: _TypeAlias = _typing.Literal["_top_k", b"_top_k"]  # noqa: Y015
+    _WhichOneofReturnType__top_p: _TypeAlias = _typing.Literal["top_p"]  # noqa: Y015
+    _WhichOneofArgType__top_p: _TypeAlias = _typing.Literal["_top_p", b"_top_p"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__frequency_penalty) -> _WhichOneofReturnType__frequency_penalty | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ignore_eos) -> _WhichOneofReturnType__ignore_eos | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__include_stop) -> _WhichOneofReturnType__include_stop | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__logprobs) -> _WhichOneofReturnType__logprobs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_new_tokens) -> _WhichOneofReturnType__max_new_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_new_tokens) -> _WhichOneofReturnType__min_new_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_p) -> _WhichOneofReturnType__min_p | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__n) -> _WhichOneofReturnType__n | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__presence_penalty) -> _WhichOneofReturnType__presence_penalty | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__repetition_penalty) -> _WhichOneofReturnType__repetition_penalty | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature) -> _WhichOneofReturnType__temperature | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__top_k) -> _WhichOneofReturnType__top_k | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__top_p) -> _WhichOneofReturnType__top_p | None: ...
+
+Global___SamplingParams: _TypeAlias = SamplingParams  # noqa: Y015
+
+@_typing.final
+class Constraint(_message.Message):
+    """What the generated text must be, whatever the model would rather write."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JSON_SCHEMA_FIELD_NUMBER: _builtins.int
+    REGEX_FIELD_NUMBER: _builtins.int
+    json_schema: _builtins.str
+    """A JSON schema, as JSON text of 1 to 65536 bytes: the text is one JSON value that validates. A keyword that is not
+    supported is an error.
+    """
+    regex: _builtins.str
+    """A regular expression of 1 to 4096 bytes, which the whole text matches: the syntax of Rust's crate `regex`,
+    without look-around.
+    """
+    def __init__(
+        self,
+        *,
+        json_schema: _builtins.str = ...,
+        regex: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["json_schema", b"json_schema", "kind", b"kind", "regex", b"regex"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["json_schema", b"json_schema", "kind", b"kind", "regex", b"regex"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["json_schema", "regex"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___Constraint: _TypeAlias = Constraint  # noqa: Y015
+
+@_typing.final
+class GenerateRequest(_message.Message):
+    """Prompts for one generating adapter, or for the base model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    INPUTS_FIELD_NUMBER: _builtins.int
+    SAMPLING_FIELD_NUMBER: _builtins.int
+    CONSTRAINT_FIELD_NUMBER: _builtins.int
+    RETURN_TOKENS_FIELD_NUMBER: _builtins.int
+    ROUTING_KEY_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    """Which adapter answers, as in ClassifyRequest; `base` for the base model without an adapter."""
+    return_tokens: _builtins.bool
+    """Also return the generated tokens, which `sampling.logprobs` implies."""
+    routing_key: _builtins.str
+    """Which side of a weighted alias answers: requests with the same key get the same version. At most 256 characters.
+    Empty: each request is drawn by itself. Ignored where `adapter` names a version or an alias of one version.
+    """
+    priority: _builtins.int
+    """Among the requests of the caller's own tenant, 0 to 3: each level gets four times the share of the one below while
+    both wait. It does not go before other tenants.
+    """
+    @_builtins.property
+    def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___PromptInput]:
+        """The prompts, at least one and at most as many as the server allows (256 unless configured otherwise); exactly one
+        in GenerateStream.
+        """
+
+    @_builtins.property
+    def sampling(self) -> Global___SamplingParams:
+        """How tokens are drawn and when generation ends."""
+
+    @_builtins.property
+    def constraint(self) -> Global___Constraint:
+        """What each generated text must be. Unset: anything."""
+
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+        inputs: _abc.Iterable[Global___PromptInput] | None = ...,
+        sampling: Global___SamplingParams | None = ...,
+        constraint: Global___Constraint | None = ...,
+        return_tokens: _builtins.bool = ...,
+        routing_key: _builtins.str = ...,
+        priority: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["constraint", b"constraint", "sampling", b"sampling"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "constraint", b"constraint", "inputs", b"inputs", "priority", b"priority", "return_tokens", b"return_tokens", "routing_key", b"routing_key", "sampling", b"sampling"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class GenerateResponse(_message.Message):
+    """The answers to a GenerateRequest."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    RESULTS_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
+    TIMINGS_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    """Resource name of the adapter version that answered: `tenants/{tenant}/adapters/{adapter}/versions/{version}`."""
+    version: _builtins.int
+    """Version that answered; a positive integer."""
+    digest: _builtins.str
+    """SHA-256 over the content of the adapter that answered, in lower-case hex; of the base model, over samples of its
+    weights.
+    """
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___GenerateResult]:
+        """One result for each input, in the order of the inputs."""
+
+    @_builtins.property
+    def usage(self) -> Global___Usage:
+        """Tokens read and written."""
+
+    @_builtins.property
+    def timings(self) -> _common_pb2.Timings:
+        """Where the time of this request went."""
+
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+        version: _builtins.int = ...,
+        digest: _builtins.str = ...,
+        results: _abc.Iterable[Global___GenerateResult] | None = ...,
+        usage: Global___Usage | None = ...,
+        timings: _common_pb2.Timings | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "digest", b"digest", "results", b"results", "timings", b"timings", "usage", b"usage", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
+
+@_typing.final
+class GenerateResult(_message.Message):
+    """What was generated for one prompt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_CACHED_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    num_prompt_tokens: _builtins.int
+    """Tokens of the prompt, special tokens included."""
+    num_cached_prompt_tokens: _builtins.int
+    """How many of them were not computed again, because an earlier request had begun with them."""
+    @_builtins.property
+    def samples(self) -> _containers.RepeatedCompositeFieldContainer[Global___GeneratedSample]:
+        """`sampling.n` samples."""
+
+    def __init__(
+        self,
+        *,
+        samples: _abc.Iterable[Global___GeneratedSample] | None = ...,
+        num_prompt_tokens: _builtins.int = ...,
+        num_cached_prompt_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_cached_prompt_tokens", b"num_cached_prompt_tokens", "num_prompt_tokens", b"num_prompt_tokens", "samples", b"samples"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GenerateResult: _TypeAlias = GenerateResult  # noqa: Y015
+
+@_typing.final
+class GeneratedSample(_message.Message):
+    """One text that was generated."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    FINISH_REASON_FIELD_NUMBER: _builtins.int
+    STOP_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """The text. Special tokens are no part of it, and the stop text only with `sampling.include_stop`."""
+    finish_reason: Global___FinishReason.ValueType
+    """Why it ended."""
+    stop: _builtins.str
+    """The text of `sampling.stop` that ended it; empty where none did."""
+    num_tokens: _builtins.int
+    """Tokens that were generated, an end-of-sequence or stop token included."""
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___GeneratedToken]:
+        """These tokens; set only with `return_tokens` or `sampling.logprobs`."""
+
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        finish_reason: Global___FinishReason.ValueType = ...,
+        stop: _builtins.str = ...,
+        num_tokens: _builtins.int = ...,
+        tokens: _abc.Iterable[Global___GeneratedToken] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "num_tokens", b"num_tokens", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GeneratedSample: _TypeAlias = GeneratedSample  # noqa: Y015
+
+@_typing.final
+class GeneratedToken(_message.Message):
+    """A token that was generated."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.int
+    """Its id in the tokenizer's vocabulary."""
+    logprob: _builtins.float
+    """Natural logarithm of its probability by the model itself: before penalties, constraint and temperature. Set only
+    with `sampling.logprobs`.
+    """
+    @_builtins.property
+    def top_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """The model's `sampling.logprobs` best tokens here, best first."""
+
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.int = ...,
+        logprob: _builtins.float | None = ...,
+        top_logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "logprob", b"logprob"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "logprob", b"logprob", "token_id", b"token_id", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__logprob: _TypeAlias = _typing.Literal["logprob"]  # noqa: Y015
+    _WhichOneofArgType__logprob: _TypeAlias = _typing.Literal["_logprob", b"_logprob"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__logprob) -> _WhichOneofReturnType__logprob | None: ...
+
+Global___GeneratedToken: _TypeAlias = GeneratedToken  # noqa: Y015
+
+@_typing.final
+class TokenLogprob(_message.Message):
+    """A token that might have been generated."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.int
+    """Its id in the tokenizer's vocabulary."""
+    logprob: _builtins.float
+    """Natural logarithm of its probability, as in GeneratedToken."""
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.int = ...,
+        logprob: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "token_id", b"token_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenLogprob: _TypeAlias = TokenLogprob  # noqa: Y015
+
+@_typing.final
+class Usage(_message.Message):
+    """Tokens of one request, over all its inputs and samples."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    GENERATED_TOKENS_FIELD_NUMBER: _builtins.int
+    prompt_tokens: _builtins.int
+    """Of the prompts, special tokens included; each prompt counts once, whatever `sampling.n` is."""
+    cached_prompt_tokens: _builtins.int
+    """How many of those were not computed again."""
+    generated_tokens: _builtins.int
+    """That were generated, end-of-sequence and stop tokens included."""
+    def __init__(
+        self,
+        *,
+        prompt_tokens: _builtins.int = ...,
+        cached_prompt_tokens: _builtins.int = ...,
+        generated_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_prompt_tokens", b"cached_prompt_tokens", "generated_tokens", b"generated_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Usage: _TypeAlias = Usage  # noqa: Y015
+
+@_typing.final
+class GenerateStreamResponse(_message.Message):
+    """A part of the answer to a GenerateRequest, as it comes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DELTA_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def delta(self) -> Global___SampleDelta:
+        """What a sample got."""
+
+    @_builtins.property
+    def end(self) -> Global___GenerateStreamEnd:
+        """The end of all samples; the last message."""
+
+    def __init__(
+        self,
+        *,
+        delta: Global___SampleDelta | None = ...,
+        end: Global___GenerateStreamEnd | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "end", b"end", "part", b"part"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "end", b"end", "part", b"part"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["delta", "end"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___GenerateStreamResponse: _TypeAlias = GenerateStreamResponse  # noqa: Y015
+
+@_typing.final
+class SampleDelta(_message.Message):
+    """What one sample got since the message before that had some of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SAMPLE_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    sample: _builtins.int
+    """Which sample, from 0 to `sampling.n` - 1."""
+    text: _builtins.str
+    """The text that follows. Valid UTF-8: no character is ever split. The texts of a sample joined are its whole text."""
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___GeneratedToken]:
+        """The tokens that follow; set only with `return_tokens` or `sampling.logprobs`. Their text may come in a later
+        message, when it is known to be no part of a stop text.
+        """
+
+    def __init__(
+        self,
+        *,
+        sample: _builtins.int = ...,
+        text: _builtins.str = ...,
+        tokens: _abc.Iterable[Global___GeneratedToken] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sample", b"sample", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SampleDelta: _TypeAlias = SampleDelta  # noqa: Y015
+
+@_typing.final
+class GenerateStreamEnd(_message.Message):
+    """What is known at the end of a stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
+    TIMINGS_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    """Resource name of the adapter version that answered: `tenants/{tenant}/adapters/{adapter}/versions/{version}`."""
+    version: _builtins.int
+    """Version that answered; a positive integer."""
+    digest: _builtins.str
+    """SHA-256 over the content of the adapter that answered, in lower-case hex; of the base model, over samples of its
+    weights.
+    """
+    @_builtins.property
+    def samples(self) -> _containers.RepeatedCompositeFieldContainer[Global___SampleEnd]:
+        """How each sample ended, in the order of samples."""
+
+    @_builtins.property
+    def usage(self) -> Global___Usage:
+        """Tokens read and written."""
+
+    @_builtins.property
+    def timings(self) -> _common_pb2.Timings:
+        """Where the time of this request went."""
+
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+        version: _builtins.int = ...,
+        digest: _builtins.str = ...,
+        samples: _abc.Iterable[Global___SampleEnd] | None = ...,
+        usage: Global___Usage | None = ...,
+        timings: _common_pb2.Timings | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "digest", b"digest", "samples", b"samples", "timings", b"timings", "usage", b"usage", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GenerateStreamEnd: _TypeAlias = GenerateStreamEnd  # noqa: Y015
+
+@_typing.final
+class SampleEnd(_message.Message):
+    """How one sample ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FINISH_REASON_FIELD_NUMBER: _builtins.int
+    STOP_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    finish_reason: Global___FinishReason.ValueType
+    """Why."""
+    stop: _builtins.str
+    """The text of `sampling.stop` that ended it; empty where none did."""
+    num_tokens: _builtins.int
+    """Tokens that were generated, an end-of-sequence or stop token included."""
+    def __init__(
+        self,
+        *,
+        finish_reason: Global___FinishReason.ValueType = ...,
+        stop: _builtins.str = ...,
+        num_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "num_tokens", b"num_tokens", "stop", b"stop"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SampleEnd: _TypeAlias = SampleEnd  # noqa: Y015
+
+@_typing.final
+class TranslateRequest(_message.Message):
+    """Texts to translate with one generating adapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    INPUTS_FIELD_NUMBER: _builtins.int
+    SOURCE_LANGUAGE_FIELD_NUMBER: _builtins.int
+    TARGET_LANGUAGE_FIELD_NUMBER: _builtins.int
+    SAMPLING_FIELD_NUMBER: _builtins.int
+    ROUTING_KEY_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    """Which adapter answers, as in ClassifyRequest."""
+    source_language: _builtins.str
+    """Language of the texts, as the adapter was trained to read it, such as `German`. Only where the adapter's prompt
+    template has a field `source_language`, and needed there.
+    """
+    target_language: _builtins.str
+    """Language to translate into. Only where the adapter's prompt template has a field `target_language`, and needed
+    there.
+    """
+    routing_key: _builtins.str
+    """Which side of a weighted alias answers: requests with the same key get the same version. At most 256 characters.
+    Empty: each request is drawn by itself. Ignored where `adapter` names a version or an alias of one version.
+    """
+    priority: _builtins.int
+    """Among the requests of the caller's own tenant, 0 to 3: each level gets four times the share of the one below while
+    both wait. It does not go before other tenants.
+    """
+    @_builtins.property
+    def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TextInput]:
+        """The texts, at least one and at most as many as the server allows (256 unless configured otherwise). None has a
+        `text_pair`. Of an adapter without a prompt template, the text itself is the prompt.
+        """
+
+    @_builtins.property
+    def sampling(self) -> Global___SamplingParams:
+        """How tokens are drawn and when generation ends. A temperature that neither this nor the adapter's files set is 0.
+        `n` is 1.
+        """
+
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+        inputs: _abc.Iterable[Global___TextInput] | None = ...,
+        source_language: _builtins.str | None = ...,
+        target_language: _builtins.str | None = ...,
+        sampling: Global___SamplingParams | None = ...,
+        routing_key: _builtins.str = ...,
+        priority: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_source_language", b"_source_language", "_target_language", b"_target_language", "sampling", b"sampling", "source_language", b"source_language", "target_language", b"target_language"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_source_language", b"_source_language", "_target_language", b"_target_language", "adapter", b"adapter", "inputs", b"inputs", "priority", b"priority", "routing_key", b"routing_key", "sampling", b"sampling", "source_language", b"source_language", "target_language", b"target_language"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__source_language: _TypeAlias = _typing.Literal["source_language"]  # noqa: Y015
+    _WhichOneofArgType__source_language: _TypeAlias = _typing.Literal["_source_language", b"_source_language"]  # noqa: Y015
+    _WhichOneofReturnType__target_language: _TypeAlias = _typing.Literal["target_language"]  # noqa: Y015
+    _WhichOneofArgType__target_language: _TypeAlias = _typing.Literal["_target_language", b"_target_language"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__source_language) -> _WhichOneofReturnType__source_language | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__target_language) -> _WhichOneofReturnType__target_language | None: ...
+
+Global___TranslateRequest: _TypeAlias = TranslateRequest  # noqa: Y015
+
+@_typing.final
+class TranslateResponse(_message.Message):
+    """The answers to a TranslateRequest."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    RESULTS_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
+    TIMINGS_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    """Resource name of the adapter version that answered: `tenants/{tenant}/adapters/{adapter}/versions/{version}`."""
+    version: _builtins.int
+    """Version that answered; a positive integer."""
+    digest: _builtins.str
+    """SHA-256 over the content of the adapter that answered, in lower-case hex."""
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___TranslateResult]:
+        """One result for each text, in the order of the inputs."""
+
+    @_builtins.property
+    def usage(self) -> Global___Usage:
+        """Tokens read and written."""
+
+    @_builtins.property
+    def timings(self) -> _common_pb2.Timings:
+        """Where the time of this request went."""
+
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+        version: _builtins.int = ...,
+        digest: _builtins.str = ...,
+        results: _abc.Iterable[Global___TranslateResult] | None = ...,
+        usage: Global___Usage | None = ...,
+        timings: _common_pb2.Timings | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "digest", b"digest", "results", b"results", "timings", b"timings", "usage", b"usage", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TranslateResponse: _TypeAlias = TranslateResponse  # noqa: Y015
+
+@_typing.final
+class TranslateResult(_message.Message):
+    """The translation of one text."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    FINISH_REASON_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """The translation."""
+    finish_reason: Global___FinishReason.ValueType
+    """Why it ended; FINISH_REASON_LENGTH: it is cut."""
+    num_tokens: _builtins.int
+    """Tokens that were generated, an end-of-sequence or stop token included."""
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        finish_reason: Global___FinishReason.ValueType = ...,
+        num_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "num_tokens", b"num_tokens", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TranslateResult: _TypeAlias = TranslateResult  # noqa: Y015

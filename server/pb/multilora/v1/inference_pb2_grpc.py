@@ -63,6 +63,21 @@ class InferenceServiceStub:
                 request_serializer=multilora_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
                 response_deserializer=multilora_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
                 _registered_method=True)
+        self.Generate = channel.unary_unary(
+                '/multilora.v1.InferenceService/Generate',
+                request_serializer=multilora_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=multilora_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+                _registered_method=True)
+        self.GenerateStream = channel.unary_stream(
+                '/multilora.v1.InferenceService/GenerateStream',
+                request_serializer=multilora_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=multilora_dot_v1_dot_inference__pb2.GenerateStreamResponse.FromString,
+                _registered_method=True)
+        self.Translate = channel.unary_unary(
+                '/multilora.v1.InferenceService/Translate',
+                request_serializer=multilora_dot_v1_dot_inference__pb2.TranslateRequest.SerializeToString,
+                response_deserializer=multilora_dot_v1_dot_inference__pb2.TranslateResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServiceServicer:
@@ -94,6 +109,9 @@ class InferenceServiceServicer:
     def AnswerQuestion(self, request, context):
         """Answers each question with spans of its context, with an extractive question answering adapter (task ANSWER). A
         context that is too long is read in overlapping windows; each counts as a sequence against the server's limit.
+
+        A generating adapter (task GENERATE) whose prompt template has a field `question`, and perhaps `context`, writes
+        one answer for each question instead; then the context must fit, with the question, into the adapter's context.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -101,6 +119,39 @@ class InferenceServiceServicer:
 
     def Embed(self, request, context):
         """Turns each input into a vector, with an embedding adapter (task EMBED) or with the base model alone.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Generate(self, request, context):
+        """Continues each prompt with a generating adapter (task GENERATE) or with the base model alone. Each input counts as
+        `sampling.n` sequences against the server's limit. The tenant is charged for the tokens of its prompts, and for
+        those that are generated as they come.
+        buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GenerateStream(self, request, context):
+        """As Generate for exactly one input, with the text as it comes. A message has what one sample got since the one
+        before; where the reader is slower than the model, more of it. The last message is the only one with `end`. An
+        error after the first message ends the stream with its status. RESOURCE_EXHAUSTED with reason STREAM_STALLED:
+        nothing was read for longer than the server waits (30 seconds unless configured otherwise). A stream that is
+        cancelled, or whose client goes away, is generated no further.
+
+        The request is that of Generate, so that a caller may send either what it has.
+        buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+        buf:lint:ignore RPC_REQUEST_STANDARD_NAME
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Translate(self, request, context):
+        """Translates each text with a generating adapter (task GENERATE): the text and the languages are the fields `text`,
+        `source_language` and `target_language` of the adapter's prompt template.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -128,6 +179,21 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Embed,
                     request_deserializer=multilora_dot_v1_dot_inference__pb2.EmbedRequest.FromString,
                     response_serializer=multilora_dot_v1_dot_inference__pb2.EmbedResponse.SerializeToString,
+            ),
+            'Generate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Generate,
+                    request_deserializer=multilora_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
+                    response_serializer=multilora_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
+            ),
+            'GenerateStream': grpc.unary_stream_rpc_method_handler(
+                    servicer.GenerateStream,
+                    request_deserializer=multilora_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
+                    response_serializer=multilora_dot_v1_dot_inference__pb2.GenerateStreamResponse.SerializeToString,
+            ),
+            'Translate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Translate,
+                    request_deserializer=multilora_dot_v1_dot_inference__pb2.TranslateRequest.FromString,
+                    response_serializer=multilora_dot_v1_dot_inference__pb2.TranslateResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -247,6 +313,87 @@ class InferenceService:
             '/multilora.v1.InferenceService/Embed',
             multilora_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
             multilora_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Generate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/multilora.v1.InferenceService/Generate',
+            multilora_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
+            multilora_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateStream(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/multilora.v1.InferenceService/GenerateStream',
+            multilora_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
+            multilora_dot_v1_dot_inference__pb2.GenerateStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Translate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/multilora.v1.InferenceService/Translate',
+            multilora_dot_v1_dot_inference__pb2.TranslateRequest.SerializeToString,
+            multilora_dot_v1_dot_inference__pb2.TranslateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -49,9 +49,33 @@ class InferenceServiceStub:
     AnswerQuestion: _grpc.UnaryUnaryMultiCallable[_inference_pb2.AnswerQuestionRequest, _inference_pb2.AnswerQuestionResponse]
     """Answers each question with spans of its context, with an extractive question answering adapter (task ANSWER). A
     context that is too long is read in overlapping windows; each counts as a sequence against the server's limit.
+
+    A generating adapter (task GENERATE) whose prompt template has a field `question`, and perhaps `context`, writes
+    one answer for each question instead; then the context must fit, with the question, into the adapter's context.
     """
     Embed: _grpc.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]
     """Turns each input into a vector, with an embedding adapter (task EMBED) or with the base model alone."""
+    Generate: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]
+    """Continues each prompt with a generating adapter (task GENERATE) or with the base model alone. Each input counts as
+    `sampling.n` sequences against the server's limit. The tenant is charged for the tokens of its prompts, and for
+    those that are generated as they come.
+    buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+    """
+    GenerateStream: _grpc.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateStreamResponse]
+    """As Generate for exactly one input, with the text as it comes. A message has what one sample got since the one
+    before; where the reader is slower than the model, more of it. The last message is the only one with `end`. An
+    error after the first message ends the stream with its status. RESOURCE_EXHAUSTED with reason STREAM_STALLED:
+    nothing was read for longer than the server waits (30 seconds unless configured otherwise). A stream that is
+    cancelled, or whose client goes away, is generated no further.
+
+    The request is that of Generate, so that a caller may send either what it has.
+    buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+    buf:lint:ignore RPC_REQUEST_STANDARD_NAME
+    """
+    Translate: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TranslateRequest, _inference_pb2.TranslateResponse]
+    """Translates each text with a generating adapter (task GENERATE): the text and the languages are the fields `text`,
+    `source_language` and `target_language` of the adapter's prompt template.
+    """
 
 @_typing.type_check_only
 class InferenceServiceAsyncStub(InferenceServiceStub):
@@ -74,9 +98,33 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     AnswerQuestion: _aio.UnaryUnaryMultiCallable[_inference_pb2.AnswerQuestionRequest, _inference_pb2.AnswerQuestionResponse]  # type: ignore[assignment]
     """Answers each question with spans of its context, with an extractive question answering adapter (task ANSWER). A
     context that is too long is read in overlapping windows; each counts as a sequence against the server's limit.
+
+    A generating adapter (task GENERATE) whose prompt template has a field `question`, and perhaps `context`, writes
+    one answer for each question instead; then the context must fit, with the question, into the adapter's context.
     """
     Embed: _aio.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]  # type: ignore[assignment]
     """Turns each input into a vector, with an embedding adapter (task EMBED) or with the base model alone."""
+    Generate: _aio.UnaryUnaryMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
+    """Continues each prompt with a generating adapter (task GENERATE) or with the base model alone. Each input counts as
+    `sampling.n` sequences against the server's limit. The tenant is charged for the tokens of its prompts, and for
+    those that are generated as they come.
+    buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+    """
+    GenerateStream: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateStreamResponse]  # type: ignore[assignment]
+    """As Generate for exactly one input, with the text as it comes. A message has what one sample got since the one
+    before; where the reader is slower than the model, more of it. The last message is the only one with `end`. An
+    error after the first message ends the stream with its status. RESOURCE_EXHAUSTED with reason STREAM_STALLED:
+    nothing was read for longer than the server waits (30 seconds unless configured otherwise). A stream that is
+    cancelled, or whose client goes away, is generated no further.
+
+    The request is that of Generate, so that a caller may send either what it has.
+    buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+    buf:lint:ignore RPC_REQUEST_STANDARD_NAME
+    """
+    Translate: _aio.UnaryUnaryMultiCallable[_inference_pb2.TranslateRequest, _inference_pb2.TranslateResponse]  # type: ignore[assignment]
+    """Translates each text with a generating adapter (task GENERATE): the text and the languages are the fields `text`,
+    `source_language` and `target_language` of the adapter's prompt template.
+    """
 
 class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     """Answers requests with one resident base model and the adapter each request names. Requests for different
@@ -114,6 +162,9 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_inference_pb2.AnswerQuestionResponse, _abc.Awaitable[_inference_pb2.AnswerQuestionResponse]]:
         """Answers each question with spans of its context, with an extractive question answering adapter (task ANSWER). A
         context that is too long is read in overlapping windows; each counts as a sequence against the server's limit.
+
+        A generating adapter (task GENERATE) whose prompt template has a field `question`, and perhaps `context`, writes
+        one answer for each question instead; then the context must fit, with the question, into the adapter's context.
         """
 
     @_abc_1.abstractmethod
@@ -123,5 +174,44 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.EmbedResponse, _abc.Awaitable[_inference_pb2.EmbedResponse]]:
         """Turns each input into a vector, with an embedding adapter (task EMBED) or with the base model alone."""
+
+    @_abc_1.abstractmethod
+    def Generate(
+        self,
+        request: _inference_pb2.GenerateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.GenerateResponse, _abc.Awaitable[_inference_pb2.GenerateResponse]]:
+        """Continues each prompt with a generating adapter (task GENERATE) or with the base model alone. Each input counts as
+        `sampling.n` sequences against the server's limit. The tenant is charged for the tokens of its prompts, and for
+        those that are generated as they come.
+        buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+        """
+
+    @_abc_1.abstractmethod
+    def GenerateStream(
+        self,
+        request: _inference_pb2.GenerateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateStreamResponse], _abc.AsyncIterator[_inference_pb2.GenerateStreamResponse]]:
+        """As Generate for exactly one input, with the text as it comes. A message has what one sample got since the one
+        before; where the reader is slower than the model, more of it. The last message is the only one with `end`. An
+        error after the first message ends the stream with its status. RESOURCE_EXHAUSTED with reason STREAM_STALLED:
+        nothing was read for longer than the server waits (30 seconds unless configured otherwise). A stream that is
+        cancelled, or whose client goes away, is generated no further.
+
+        The request is that of Generate, so that a caller may send either what it has.
+        buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+        buf:lint:ignore RPC_REQUEST_STANDARD_NAME
+        """
+
+    @_abc_1.abstractmethod
+    def Translate(
+        self,
+        request: _inference_pb2.TranslateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.TranslateResponse, _abc.Awaitable[_inference_pb2.TranslateResponse]]:
+        """Translates each text with a generating adapter (task GENERATE): the text and the languages are the fields `text`,
+        `source_language` and `target_language` of the adapter's prompt template.
+        """
 
 def add_InferenceServiceServicer_to_server(servicer: InferenceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -70,7 +70,7 @@ class UsageEntry(_message.Message):
     input_tokens: _builtins.int
     """Tokens of these, special tokens included."""
     output_tokens: _builtins.int
-    """Tokens that were generated."""
+    """Tokens that were generated for answered requests."""
     queue_seconds: _builtins.float
     """Seconds that requests waited in the queue, summed."""
     load_wait_seconds: _builtins.float
