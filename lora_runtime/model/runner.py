@@ -68,6 +68,10 @@ class PackedRunner:
                 outputs[i] = output
             return [sampled.get(i, []) if row.cached is not None else outputs[i] for i, row in enumerate(rows)]
 
+    def answers(self, rows: list[Row]) -> list[torch.Tensor]:
+        """As `run`, of rows of which none continues a sequence."""
+        return [answer for answer in self.run(rows) if isinstance(answer, torch.Tensor)]
+
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         """See Runner."""
         if copies:

@@ -16,7 +16,7 @@ def run_packed(runtime: Runtime, rows: list[Row], token_budget: int) -> list[tor
         for i in sorted(batch, key=lambda i: rows[i].sequence.num_tokens):
             of_adapter.setdefault(rows[i].resident, []).append(i)
         order = [i for indices in of_adapter.values() for i in indices]
-        for i, logits in zip(order, runtime.runner.run([rows[i] for i in order]), strict=True):
+        for i, logits in zip(order, runtime.runner.answers([rows[i] for i in order]), strict=True):
             outputs[i] = logits
     return outputs
 

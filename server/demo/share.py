@@ -40,7 +40,7 @@ def measure_base_share(base: str, work: list[tuple[Path, list[str]]], threads: i
 def _compare(runtime: Runtime, mixed: list[Row], token_budget: int) -> Spread:
     no_lora = replace(mixed[0].resident, slot=BASE_SLOT)
     plain = [Row(row.sequence, no_lora, Task.CLASSIFY) for row in mixed]
-    alone = [runtime.runner.run([row])[0] for row in mixed]
+    alone = [runtime.runner.answers([row])[0] for row in mixed]
     error = largest_difference(run_packed(runtime, mixed, token_budget), alone)
     if not error <= TOLERANCE:
         raise OutputsDiffer(f"a mixed batch differs from the same texts alone by {error:.1e}")

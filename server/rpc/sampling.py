@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lora_runtime.errors import InvalidRequest
@@ -70,20 +69,21 @@ def generation(
     max_length: int | None,
     constraint: inference_pb2.Constraint | None = None,
 ) -> Generation:
-    """For prompts within `max_length`: `max_new_tokens` is cut to the room that the shortest of them leaves.
+    """For prompts of at most `max_length` tokens, text included (None: what the base allows).
 
     Raises InvalidRequest on `sampling.min_new_tokens`, `sampling.stop_token_ids[i]`, `constraint.*`.
     """
     params.check_vocabulary(text.vocab_size)
-    room = max(text.room(sequence, max_length) for sequence in sequences)
+    room = min(text.room(sequence, max_length) for sequence in sequences)
     if params.min_new_tokens > room:
         problem = f"{params.min_new_tokens} is more than the context has room for after the prompt, which is {room}"
         raise InvalidRequest("sampling.min_new_tokens", problem)
     return Generation(
-        params=replace(params, max_new_tokens=min(params.max_new_tokens, room)),
+        params=params,
         new_text=text.new_text,
         eos_token_ids=text.eos_token_ids,
         new_mask=None if constraint is None else _mask(text, constraint),
+        max_length=max_length,
     )
 
 
