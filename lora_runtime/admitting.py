@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from lora_runtime.catalogue import Catalogue
+from lora_runtime.decoding import Decoding
 from lora_runtime.errors import InvalidRequest, TextTooLong
+from lora_runtime.generation import Generation
 from lora_runtime.types import Request, Task, TokenSequence
 
 
-def check_request(request: Request, catalogue: Catalogue, max_generated_length: int | None) -> None:
-    """Raise the reason why a request cannot be run.
-
-    `max_generated_length`: tokens of prompt and generated text together; None where the base generates none.
-    """
+def check_request(request: Request, catalogue: Catalogue, decoding: Decoding | None) -> None:
+    """Raise the reason why a request cannot be run. `decoding` is None where the base generates nothing."""
     if not request.sequences:
         raise InvalidRequest("sequences", "is empty; a request has at least one")
     info = catalogue.get(request.adapter)
@@ -23,14 +22,22 @@ def check_request(request: Request, catalogue: Catalogue, max_generated_length: 
         if not sequence.num_tokens:
             raise InvalidRequest(field, "has no tokens")
         if request.generation is not None:
-            _check_generation(request, sequence, field, max_generated_length)
+            _check_generation(request, request.generation, sequence, field, decoding)
         if num_ids is not None and max(sequence.input_ids) >= num_ids:  # the batch would fail, for all in it
             message = f"has the token id {max(sequence.input_ids)}, the embedding {num_ids} rows"
             raise InvalidRequest(field, f"{message}; leave out the text that the tokenizer added a token for")
 
 
-def _check_generation(request: Request, sequence: TokenSequence, field: str, max_length: int | None) -> None:
-    if max_length is None or request.task is not Task.GENERATE:
+def _check_generation(
+    request: Request, generation: Generation, sequence: TokenSequence, field: str, decoding: Decoding | None
+) -> None:
+    if decoding is None or request.task is not Task.GENERATE:
         raise InvalidRequest("adapter", "the served base does not generate text; ask one that does")
-    if sequence.num_tokens >= max_length:
-        raise TextTooLong(field, sequence.num_tokens, max_length - 1)
+    if sequence.num_tokens >= decoding.max_length:
+        raise TextTooLong(field, sequence.num_tokens, decoding.max_length - 1)
+    if generation.params.n > decoding.max_sequences:
+        most = decoding.max_sequences
+        raise InvalidRequest("sampling.n", f"{generation.params.n} is above {most}, the samples that run at once here")
+    if generation.new_mask is not None and generation.params.ignore_eos:
+        message = "a constrained text ends where its constraint does; leave ignore_eos unset"
+        raise InvalidRequest("sampling.ignore_eos", message)

@@ -13,7 +13,7 @@ from torch import nn
 
 from lora_runtime.arena import BASE_SLOT, SlotTable
 from lora_runtime.invocation import first_active
-from lora_runtime.kernels.grouped_lora import GroupedLora, LoraPlan
+from lora_runtime.kernels.grouped_lora import GroupedLora, GroupLora, LoraPlan
 from lora_runtime.packing import InputBuffer, Unpacked, pack_inputs
 from lora_runtime.sampling.row import RowState
 from lora_runtime.types import AdapterCard, Pooling, ProblemType, SiteGroup, Task, TokenSequence
@@ -253,6 +253,7 @@ class Step:
     def __init__(self, batch: Batch, slots: SlotTable, backend: GroupedLora) -> None:
         self.batch = batch
         self.backend = backend
+        self.group_backend = backend if isinstance(backend, GroupLora) else None
         # of the attention modules that called us, by id: KV heads, and the widths of a key and a value
         self.attention_modules: dict[int, tuple[int, int, int]] = {}
         self.attention_cache: dict[Any, Any] = {}  # what attention derives once for all layers

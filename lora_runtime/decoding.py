@@ -5,6 +5,8 @@ every step. When a running one needs a block and there is none, the youngest giv
 it generated, to be computed again: the oldest always goes on, so everything ends. A prompt begins only where blocks
 are left for those that run.
 
+A tenant that holds more than its share of the places, or of the blocks, gives way to one that holds less and waits.
+
 The blocks of a prefix are shared by sequences of one tenant and one content of an adapter, told by its digest; of an
 aLoRA those before its invocation are the base's. Tenants share none, or one could find out by the time that an answer
 takes what another has asked.
@@ -13,7 +15,7 @@ takes what another has asked.
 from __future__ import annotations
 
 from bisect import insort
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -49,10 +51,11 @@ class Holding(Protocol):
     def release(self, adapter: AdapterId) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Begun:
     ticket: Ticket
     namespace: Namespace
+    num_reserved: int = 0  # places of the other samples, which part from it at the end of the prompt
 
 
 class Decoding:
@@ -65,11 +68,13 @@ class Decoding:
         self.max_length = blocks.max_length
         self.num_preempted = 0
         self._holding = holding
-        self._max_sequences = max_sequences
+        self.max_sequences = max_sequences
         self._reuse_prefixes = reuse_prefixes
         self._running: list[Continuation] = []  # by order
         self._begun: dict[Continuation, _Begun] = {}  # that have not ended
         self._num_salts = 0
+        self._refused: Ticket | None = None  # the last that found no room; it may be made before the next step
+        self._broken: list[tuple[Ticket, BaseException]] = []
 
     def stats(self) -> GenerationStats:
         """Counts of now; safe to ask from any thread."""
@@ -83,6 +88,7 @@ class Decoding:
         """One token of each that runs; `requeue` gets the ticket of each that gives way, and the tokens that are to be
         computed again.
         """
+        self._make_room(requeue)
         work: list[Work] = []
         while len(work) < len(self._running):
             one = self._running[len(work)]
@@ -105,26 +111,38 @@ class Decoding:
             one = ticket.pending[0]
             if one.table is not None:
                 return 0
-            return one.num_scheduled if self._allocate(one, self._begun[one].namespace) else None
+            namespace = self._begun[one].namespace
+            return one.num_scheduled if self._allocate(ticket, one, namespace, num_places=1) else None
         generation = ticket.request.generation
         assert generation is not None and ticket.num_fresh
-        if self._begun and len(self._begun) + generation.params.n > self._max_sequences:
-            return None
         prompt = ticket.request.sequences[ticket.next_sequence].input_ids
-        one = Continuation(generation, prompt, (ticket.arrival, ticket.next_sequence, 0), self.max_length)
+        if not self._has_place(generation.params.n):
+            self._refused = ticket
+            return None
         resident = self._holding.acquire(ticket.adapter)
+        try:
+            one = Continuation(generation, prompt, (ticket.arrival, ticket.next_sequence, 0), self.max_length)
+        except BaseException as error:  # noqa: BLE001  a tokenizer or a grammar of the request's own, some not in Python
+            self._holding.release(ticket.adapter)
+            self._broken.append((ticket, error))
+            return None
         active = first_active(resident.card, prompt)
         one.num_inactive = self.max_length if active is None else active
-        namespace = self._namespace(ticket, resident.digest, one.num_inactive)
-        if not self._allocate(one, namespace):
+        namespace = self._namespace(ticket, resident, one.num_inactive)
+        if not self._allocate(ticket, one, namespace, num_places=generation.params.n):
             self._holding.release(ticket.adapter)
             return None
         one.num_cached = one.num_scheduled
         ticket.next_sequence += 1
         ticket.pending.append(one)
         ticket.begun.append(one)
-        self._begun[one] = _Begun(ticket, namespace)
+        self._begun[one] = _Begun(ticket, namespace, generation.params.n - 1)
         return one.num_cached
+
+    def take_broken(self) -> list[tuple[Ticket, BaseException]]:
+        """Requests that could not begin, and why; each once."""
+        broken, self._broken = self._broken, []
+        return broken
 
     def chunk(self, ticket: Ticket, count: int) -> Work:
         """`count` more tokens of the ticket's next continuation, which has begun."""
@@ -134,10 +152,11 @@ class Decoding:
         if not one.num_left:
             ticket.pending.popleft()
             twins = one.twins()
+            self._begun[one].num_reserved = 0
             for twin in twins:
                 self._holding.acquire(ticket.adapter)
                 ticket.begun.append(twin)
-                self._begun[twin] = self._begun[one]
+                self._begun[twin] = _Begun(ticket, self._begun[one].namespace)
             work.branches = (one, *twins)
         return work
 
@@ -185,16 +204,52 @@ class Decoding:
         assert len(self._running) == sum(one.is_running for one in self._begun), "one that runs is not listed"
 
     def _preempt_youngest(self, requeue: Requeue) -> None:
-        """Have the youngest that holds blocks give them back; its tokens are computed again later."""
-        youngest = max((one for one in self._begun if one.table is not None), key=_order)
-        ticket = self._begun[youngest].ticket
-        num_queued = 0 if youngest.is_running else youngest.num_left
-        if youngest.is_running:
-            ticket.pending = deque(sorted([*ticket.pending, youngest], key=_order))
-        self._stop(youngest)
-        youngest.num_scheduled = 0
+        self._preempt(max(self._holders(), key=_order), requeue)
+
+    def _preempt(self, one: Continuation, requeue: Requeue) -> None:
+        """Have one that holds blocks give them back; its tokens are computed again later."""
+        ticket = self._begun[one].ticket
+        num_queued = 0 if one.is_running else one.num_left
+        if one.is_running:
+            ticket.pending = deque(sorted([*ticket.pending, one], key=_order))
+        self._stop(one)
+        one.num_scheduled = 0
         self.num_preempted += 1
-        requeue(ticket, len(youngest.tokens) - num_queued)
+        requeue(ticket, len(one.tokens) - num_queued)
+
+    def _make_room(self, requeue: Requeue) -> None:
+        """For the ticket that found none, where other tenants hold more than their share: their youngest give way."""
+        ticket, self._refused = self._refused, None
+        if ticket is None or ticket.done:
+            return
+        held = Counter(self._begun[one].ticket.tenant for one in self._holders())
+        share = self.max_sequences / len({*held, ticket.tenant})
+        num_wanted = 1 if ticket.pending else ticket.request.num_samples
+        if held[ticket.tenant] + num_wanted > share:
+            return
+        tokens = (
+            ticket.pending[0].tokens if ticket.pending else ticket.request.sequences[ticket.next_sequence].input_ids
+        )
+        while not self._has_place(num_wanted) or not self.pool.has_blocks(len(tokens), self._spare):
+            tenant, count = max(held.items(), key=lambda item: item[1], default=("", 0))
+            if tenant == ticket.tenant or count <= max(share, 1):
+                return
+            own = (one for one in self._holders() if self._begun[one].ticket.tenant == tenant)
+            self._preempt(max(own, key=_order), requeue)
+            held[tenant] -= 1
+
+    def _holders(self) -> list[Continuation]:
+        return [one for one in self._begun if one.table is not None]
+
+    def _has_place(self, num_places: int) -> bool:
+        """Whether so many more sequences may hold blocks at once."""
+        taken = sum((one.table is not None) + begun.num_reserved for one, begun in self._begun.items())
+        return taken + num_places <= self.max_sequences
+
+    @property
+    def _spare(self) -> int:
+        """Blocks that a prompt must leave to those that run."""
+        return -(-len(self._running) // _SPARE)
 
     def _stop(self, one: Continuation) -> None:
         if one.is_running:
@@ -204,20 +259,22 @@ class Decoding:
             self.pool.free(one.table)
             one.table = None
 
-    def _allocate(self, one: Continuation, namespace: Namespace) -> bool:
-        spare = -(-len(self._running) // _SPARE)
-        if not self.pool.can_allocate(namespace, one.tokens, spare):
+    def _allocate(self, ticket: Ticket, one: Continuation, namespace: Namespace, *, num_places: int) -> bool:
+        if not self._has_place(num_places) or not self.pool.can_allocate(namespace, one.tokens, self._spare):
+            self._refused = ticket
             return False
         one.table = self.pool.allocate(namespace, one.tokens)
         one.num_scheduled = one.table.num_computed
         return True
 
-    def _namespace(self, ticket: Ticket, digest: str, num_inactive: int) -> Namespace:
+    def _namespace(self, ticket: Ticket, resident: Resident, num_inactive: int) -> Namespace:
         owner = ticket.tenant
         if not self._reuse_prefixes:
             self._num_salts += 1
             owner = f"{owner}/{self._num_salts}"
-        return Namespace(f"{owner}/{digest}", num_inactive, base=f"{owner}/")
+        own = f"{owner}/{resident.digest}"
+        # what an adapter changes beside LoRA it changes for all tokens, those before an invocation too
+        return Namespace(own, num_inactive, base=own if resident.extras else f"{owner}/")
 
 
 def _order(one: Continuation) -> tuple[int, int, int]:

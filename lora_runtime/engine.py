@@ -21,7 +21,7 @@ from lora_runtime.adapters.base_spec import BaseSpec
 from lora_runtime.adapters.loader import AdapterLoader, Fetching, LoaderMessage, LocalFolders
 from lora_runtime.admitting import check_request
 from lora_runtime.arena import RankArena, SlotTable
-from lora_runtime.batch import Resident, Row
+from lora_runtime.batch import Resident
 from lora_runtime.decoding import Decoding, GenerationStats
 from lora_runtime.errors import (
     AdapterFailed,
@@ -37,11 +37,12 @@ from lora_runtime.futures import settle
 from lora_runtime.heads import output_of
 from lora_runtime.kv_blocks import KvBlocks
 from lora_runtime.mailbox import Mailbox
-from lora_runtime.model.runner import Answer, Runner
+from lora_runtime.model.runner import Runner
 from lora_runtime.observers import EngineObserver, Observers
 from lora_runtime.planning import Planned, in_row_order
 from lora_runtime.residency import Residency
 from lora_runtime.room import Memory
+from lora_runtime.running import Outcome, broken, run_planned
 from lora_runtime.sampling.tokens import SampledToken
 from lora_runtime.scheduler import Scheduler
 from lora_runtime.shares import Shares
@@ -58,7 +59,6 @@ from lora_runtime.types import (
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-_Outcome = Answer | MultiloraError  # of one sequence of a batch
 
 _SWEEP_S = 0.05  # how late a deadline may be noticed while the request waits for its adapter
 _IDLE_WAIT_S = 0.05
@@ -72,7 +72,7 @@ class EngineSettings:
     max_batch_sequences: int = 256
     num_loader_threads: int = 1
     num_threads: int | None = None  # torch's intra-op threads; None leaves torch's choice
-    max_generating: int = 128  # sequences that have begun to generate and not ended; at most half of the budget
+    max_generating: int = 128  # sequences that generate at once; at most half of either bound above
     reuse_prefixes: bool = True  # keep the keys and values of prompts for others that begin alike
 
 
@@ -198,7 +198,7 @@ class Engine(AdapterCalls):
         failure: EngineStopped | None = None
         try:
             self._run_until_drained()
-        except Exception:
+        except BaseException:  # some libraries raise what is no Exception; whoever waits must learn of it
             logger.exception("the engine failed; every request is refused from now on")
             stopped = failure = EngineStopped("the engine failed and has stopped; ask another replica")
             self._drain(0)
@@ -223,11 +223,14 @@ class Engine(AdapterCalls):
         self._idle = not planned.work
         if planned.work:
             started = time.monotonic()
-            outcomes = self._run(planned)
+            outcomes = run_planned(self._runner, planned)
             self._complete(planned, outcomes, time.monotonic() - started)
 
     def _schedule(self) -> Planned:
         work = in_row_order(self._scheduler.schedule(self._residency.is_ready))
+        for ticket, error in [] if self._decoding is None else self._decoding.take_broken():
+            self._fail(ticket, broken(error))
+            work = [item for item in work if not item.ticket.done]
         now = time.monotonic()
         for item in work:
             if item.ticket.started_at is None:
@@ -235,29 +238,7 @@ class Engine(AdapterCalls):
         adapters = dict.fromkeys(item.ticket.adapter for item in work)
         return Planned(work, {adapter: self._residency.acquire(adapter) for adapter in adapters})
 
-    def _run(self, planned: Planned) -> list[_Outcome]:
-        """What each sequence of the batch gets. Of a batch that fails, each request is run again by itself.
-
-        So a request that cannot be run, by its tokens or by its adapter, takes nobody along.
-        """
-        rows = planned.rows()
-        self._runner.copy_blocks(planned.copies)
-        outcomes = self._run_rows(rows)
-        places_of = planned.places_of_tickets()
-        if len(places_of) > 1 and isinstance(outcomes[0], MultiloraError):
-            for places in places_of.values():
-                for place, outcome in zip(places, self._run_rows([rows[i] for i in places]), strict=True):
-                    outcomes[place] = outcome
-        return outcomes
-
-    def _run_rows(self, rows: list[Row]) -> list[_Outcome]:
-        try:
-            return [*self._runner.run(rows)]
-        except Exception as error:
-            logger.exception("a batch of %d sequences failed", len(rows))
-            return [MultiloraError(f"the forward pass failed: {type(error).__name__}")] * len(rows)
-
-    def _complete(self, planned: Planned, outcomes: list[_Outcome], forward_s: float) -> None:
+    def _complete(self, planned: Planned, outcomes: list[Outcome], forward_s: float) -> None:
         for adapter in planned.residents:
             self._residency.release(adapter)
         now = time.monotonic()
@@ -272,7 +253,7 @@ class Engine(AdapterCalls):
             adapters = sum(not adapter.is_base for adapter in planned.residents)
             self._observers.on_batch(BatchStats(len(planned.work), tokens, adapters, forward_s))
 
-    def _take(self, item: Work, outcome: _Outcome, resident: Resident, now: float) -> None:
+    def _take(self, item: Work, outcome: Outcome, resident: Resident, now: float) -> None:
         """What one sequence got of a step."""
         request = item.ticket.request
         if isinstance(outcome, MultiloraError):
@@ -293,14 +274,19 @@ class Engine(AdapterCalls):
             self._fail(item.ticket, AnswerNotFinite(str(request.adapter), request.input_index(item.index)))
             return
         self._decoding.computed(item, now)
-        for branch, token in drawn:
-            delta = branch.take(token)
-            if request.generation is not None and request.generation.on_delta is not None:
-                request.generation.on_delta(delta)
-            if branch.result is not None:
+        try:
+            for branch, token in drawn:
+                delta = branch.take(token)
+                if request.generation is not None and request.generation.on_delta is not None:
+                    request.generation.on_delta(delta)
+        except BaseException as error:  # noqa: BLE001  a tokenizer's, a grammar's or the caller's, some not in Python
+            self._fail(item.ticket, broken(error))
+            return
+        if ended := [branch for branch in item.branches if branch.result is not None]:
+            for branch in ended:
                 self._decoding.end(branch)
-                if (generated := item.ticket.generated(item.index)) is not None:
-                    item.ticket.outputs[item.index] = generated
+            if (generated := item.ticket.generated(item.index)) is not None:
+                item.ticket.outputs[item.index] = generated
 
     def _answer(self, ticket: Ticket, resident: Resident, now: float) -> None:
         assert ticket.started_at is not None
@@ -330,7 +316,7 @@ class Engine(AdapterCalls):
         try:
             if self._drain_until is not None:
                 raise EngineStopped("the engine is draining; ask another replica")
-            check_request(request, self.catalogue, None if self._decoding is None else self._decoding.max_length)
+            check_request(request, self.catalogue, self._decoding)
             if self._scheduler.find(request.request_id) is not None:
                 raise InvalidRequest("request_id", f"{request.request_id[:140]!r} is in flight; give each its own")
             self._residency.want(request.adapter)
@@ -392,5 +378,5 @@ class Engine(AdapterCalls):
 
 
 def _decoding(blocks: KvBlocks, residency: Residency, settings: EngineSettings) -> Decoding:
-    most = max(1, min(settings.max_generating, settings.max_batch_sequences, settings.token_budget // 2))
+    most = max(1, min(settings.max_generating, settings.max_batch_sequences // 2, settings.token_budget // 2))
     return Decoding(blocks, residency, most, reuse_prefixes=settings.reuse_prefixes)

@@ -171,6 +171,10 @@ class BlockPool:
         """Sequences that hold blocks."""
         return len(self._tables)
 
+    def has_blocks(self, num_tokens: int, spare: int = 0) -> bool:
+        """Whether so many tokens find room beside those that sequences hold, none of which they share."""
+        return self._num_blocks(num_tokens) + spare <= len(self._free) + len(self._unused)
+
     def can_allocate(self, namespace: Namespace, tokens: Sequence[int], spare: int = 0) -> bool:
         """Whether `allocate` would succeed now and leave `spare` blocks."""
         matched, _ = self.match_prefix(namespace, tokens)

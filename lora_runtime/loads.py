@@ -36,6 +36,7 @@ from lora_runtime.tiers import Tier
 from lora_runtime.types import AdapterId, AdapterState
 
 _MAX_RUNNING = 8  # loads whose files are being fetched or read: what they hold beside the budgets is bounded
+_PATIENCE_S = 0.25  # that a load waits for adapters to fall idle before some begin no more sequences
 _MAX_OVERTAKEN = 8  # times that others may get room before the one that waits for it
 _MAX_BLOCKED = 8  # loads without room that are looked at between two steps
 
@@ -58,6 +59,7 @@ class Loads:
         self._shared_modules = base.shared_modules
         self._shared_sites = frozenset(site.index for site in base.sites if site.name in base.shared_modules)
         self._on_failed = on_failed
+        self.yielding: frozenset[AdapterId] = frozenset()  # in use, and wanted out of the way by a load that waits
         self._queue: dict[AdapterId, float] = {}  # since when it waits for its next step, in that order
         self._running: set[AdapterId] = set()  # the loader owes a message
         self._room = Room(
@@ -121,6 +123,7 @@ class Loads:
         load that began to wait later. A load that finds no room is overtaken by those that do, a bounded number of
         times, so that small adapters cannot keep a large one out.
         """
+        self.yielding = frozenset()
         blocked: list[Record] = []
         full: set[str] = set()  # tenants at their quota: what waits for its own tenant holds up nobody else
         for adapter, since in sorted(self._queue.items(), key=lambda item: item[1]):
@@ -135,6 +138,9 @@ class Loads:
             elif self._room.is_over_quota(record):
                 full.add(adapter.tenant)
             else:
+                if not blocked and record.layout is not None and time.monotonic() - since > _PATIENCE_S:
+                    wait = Wait(record, record.layout.num_elements, since, wanted)
+                    self.yielding = self._room.busy_victims(wait)
                 blocked.append(record)
                 if record.overtaken >= _MAX_OVERTAKEN:
                     break

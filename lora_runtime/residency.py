@@ -94,13 +94,16 @@ class Residency:
         self._loader.examine(adapter, record.origin.path, urgent=True)
 
     def is_ready(self, adapter: AdapterId) -> bool:
-        """Whether sequences of it may begin: not while it is being unloaded, when those that have begun end first."""
+        """Whether sequences of it may begin: not while it is to go, for good or for a load that waits, when those that
+        have begun end first.
+        """
         if adapter.is_base:
             return True
         record = self._records.find(adapter)
         if record is None or record.state is not AdapterState.READY:
             return False
-        return record.deleting or adapter not in self._leaving
+        is_going = adapter in self._leaving or (adapter in self._loads.yielding and record.references > 0)
+        return record.deleting or not is_going
 
     def want(self, adapter: AdapterId) -> None:
         """Start a load unless one is under way or done.
@@ -231,6 +234,7 @@ class Residency:
         `wanted` gives the adapters that have requests in the queue, with the time of the oldest.
         """
         if not self._leaving and self._loads.is_idle:
+            self._loads.yielding = frozenset()
             return
         asked = wanted()
         for adapter in [*self._leaving]:

@@ -95,6 +95,20 @@ class Room:
             moved=lambda _adapter: None,
         )
 
+    def busy_victims(self, wait: Wait) -> frozenset[AdapterId]:
+        """Adapters of the device in use whose going would give the room: the least worth keeping, as few as do."""
+        device = self._memory.device
+        missing = device.bytes_for(wait.size) - device.arena.free_elements * device.arena.buffer.itemsize
+        busy = (self._records[adapter] for adapter in device.holders())
+        able = [r.info.id for r in busy if r.references and self._may_go(r.info.id, wait)]
+        victims: list[AdapterId] = []
+        for adapter in sorted(able, key=device.worth):
+            if missing <= 0 and victims:
+                break
+            victims.append(adapter)
+            missing -= device.bytes_of(adapter)
+        return frozenset(victims)
+
     def first(self, wait: Wait) -> bool:
         """As `on_host` or `on_device`, in the tier where images are written."""
         return self.on_device(wait) if self._memory.host is None else self.on_host(wait)

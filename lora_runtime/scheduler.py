@@ -132,8 +132,9 @@ class Scheduler:
             taken = self._take(flow, draft)
             if not taken and not draft.waits_for_room:
                 break  # what is next does not fit: nobody overtakes it, or it would wait for ever
-            self._floor = max(self._floor, tenant.served)
-            tenant.flow_floor = flow.served
+            if taken:
+                self._floor = max(self._floor, tenant.served)
+                tenant.flow_floor = flow.served
             tenant.served += taken / self._weight_of(name)
             flow.served += taken / PRIORITY_BASE**flow.priority
             if not flow.queue or not taken:
@@ -217,6 +218,9 @@ class Scheduler:
         """Have the step take the ticket's next sequence, or a chunk of it; its tokens, 0 if it does not fit."""
         if ticket.request.generation is not None:
             return self._add_chunk(ticket, turn, draft)
+        if not draft.is_ready(ticket.adapter):
+            draft.waits_for_room = True
+            return 0
         work = Work(ticket, ticket.next_sequence)
         if draft.num_taken and work.num_tokens > draft.room:
             return 0
@@ -230,10 +234,12 @@ class Scheduler:
         room = min(turn, draft.room)
         if room <= 0:
             return 0
-        may_begin = bool(ticket.pending) or (draft.may_begin and draft.is_ready(ticket.adapter))
+        is_begun = bool(ticket.pending)
+        may_begin = is_begun or (draft.may_begin and draft.is_ready(ticket.adapter))
         num_cached = self._decoding.begin(ticket) if may_begin else None
         if num_cached is None:
-            draft.may_begin, draft.waits_for_room = False, True
+            draft.waits_for_room = True
+            draft.may_begin = draft.may_begin and not may_begin
             return 0
         one = ticket.pending[0]
         count = min(room, one.num_left)

@@ -306,6 +306,11 @@ class Request:
     priority: int = 0  # among the requests of its tenant
     generation: Generation | None = None  # of a GENERATE request; None: the next token's logits are asked for
 
+    @property
+    def num_samples(self) -> int:
+        """Of each sequence."""
+        return 1 if self.generation is None else self.generation.params.n
+
     def input_index(self, sequence: int) -> int:
         """Which of the caller's inputs a sequence belongs to."""
         return sequence if self.input_of is None else self.input_of[sequence]

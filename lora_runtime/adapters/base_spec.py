@@ -75,6 +75,8 @@ class BaseSpec:
     word_embedding: str = ""  # path of the leaf that embeds input ids
     tied_output: bool = False  # lm_head's weight is the word embedding's
     tokenizer_digest: str = ""  # see `adapters/tokenizer.py`
+    chat_template: str | None = None  # of its tokenizer
+    eos_token: str | None = None  # of its tokenizer
     pad_token_id: int | None = None
     shared_modules: frozenset[str] = frozenset()  # run once for all sequences of a batch (relative positions)
     unserved: Mapping[Task, str] = field(default_factory=dict[Task, str])  # tasks without a head, and why

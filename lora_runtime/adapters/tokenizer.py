@@ -16,7 +16,8 @@ TOKENIZER_FILE = "tokenizer.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 # they too change what ids a text has
-_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", ADDED_TOKENS_FILE, CHAT_TEMPLATE_FILE)
+_CONFIG_FILE = "tokenizer_config.json"
+_BESIDE = (_CONFIG_FILE, "special_tokens_map.json", ADDED_TOKENS_FILE, CHAT_TEMPLATE_FILE)
 MAX_TOKENIZER_BYTES = 128 << 20
 
 _MAX_FACTS = 1000
@@ -53,13 +54,29 @@ def own_tokenizer(folder: AdapterFolder, base: BaseSpec, num_rows: int) -> str |
         return None
     sha256 = hashlib.sha256(data).hexdigest()
     digest, num_ids = _facts(sha256, data)
-    if digest == base.tokenizer_digest:
+    if digest == base.tokenizer_digest and not _generates_otherwise(folder, base):
         return None
     _check_rows(TOKENIZER_FILE, num_ids, num_rows)
     for name in (TOKENIZER_FILE, *_BESIDE):
         if (content := folder.peek(name, MAX_TOKENIZER_BYTES)) is not None:
             folder.count(name, content)
     return tokenizer_identity(folder)
+
+
+def _generates_otherwise(folder: AdapterFolder, base: BaseSpec) -> bool:
+    """Whether the files beside a decoder's own tokenizer.json name another chat template, or another end of a text.
+
+    A trainer of conversations leaves the vocabulary as it is and saves its template and EOS token.
+    """
+    if not base.is_decoder:
+        return False
+    found = folder.peek(_CONFIG_FILE)
+    config: dict[str, Any] = {} if found is None else parse_json_object(found, _CONFIG_FILE)
+    data = folder.peek(CHAT_TEMPLATE_FILE, MAX_TOKENIZER_BYTES)
+    template = data.decode("utf-8", "replace") if data is not None else config.get("chat_template")
+    end = config.get("eos_token")
+    end = end.get("content") if isinstance(end, dict) else end
+    return template not in (None, base.chat_template) or end not in (None, base.eos_token)
 
 
 def tokenizer_identity(folder: AdapterFolder) -> str:

@@ -120,7 +120,7 @@ class TaskHead:
     def next_token(self, step: Step, last: torch.Tensor) -> torch.Tensor:
         """last [N, d], the hidden states of the last tokens of the step's sequences → logits [N, widest vocabulary].
 
-        A sequence whose adapter has fewer tokens than others has -inf beyond its own.
+        Beyond the tokens that a sequence's adapter can read again there is -inf.
         """
         assert self.spec.task is Task.GENERATE, f"a {self.spec.task} head has no next token"
         token = current_step.set(step)
@@ -131,8 +131,9 @@ class TaskHead:
         finally:
             self._stub.hidden = None
             current_step.reset(token)
-        widths = [self._width(row) for row in step.batch.rows]
-        for i, width in enumerate(widths):
+        for i, row in enumerate(step.batch.rows):
+            known = row.resident.card.num_token_ids  # an output layer may be longer than the embedding: padded
+            width = min(self._width(row), known or logits.shape[1])
             if width < logits.shape[1]:
                 logits[i, width:] = -torch.inf
         return logits

@@ -28,7 +28,7 @@ from lora_runtime.model.fuse import fuse_linears, unfuse_linears
 from lora_runtime.model.inject import make_leaves, make_sites, shared_modules, wrap_leaves
 from lora_runtime.model.observe import PROBE_BATCH, PROBE_TOKENS, Observed, observe
 from lora_runtime.model.placement import Placement, place_modules, resolve_placement
-from lora_runtime.model.prepack import prepack_linears, prepack_output
+from lora_runtime.model.prepack import FEW_ROWS, prepack_linears, prepack_output
 from lora_runtime.model.probe import (
     SeparateOutputs,
     check_moved,
@@ -41,7 +41,6 @@ from lora_runtime.model.probe import (
 from lora_runtime.model.prove_paged import prove_paged
 from lora_runtime.model.quantize import Quantization, check_quantization, quantize_linears
 from lora_runtime.model.skeleton import AUTO_CLASSES, Skeleton, build_skeleton, has_class, is_decoder
-from lora_runtime.model.wrapped import FEW_ROWS
 from lora_runtime.types import Pooling, Site, SiteGroup, Task
 
 logger = logging.getLogger(__name__)
@@ -304,6 +303,8 @@ def _make_spec(
         word_embedding=looked.word_embedding,
         tied_output=looked.decoder and bool(looked.config.tie_word_embeddings),
         tokenizer_digest=tokenizer_digest(_tokenizer_json(tokenizer)),
+        chat_template=_text_or_none(getattr(tokenizer, "chat_template", None)),
+        eos_token=_text_or_none(getattr(tokenizer, "eos_token", None)),
         pad_token_id=getattr(looked.config, "pad_token_id", None),
         shared_modules=shared_modules(looked.observed),
         unserved=looked.unserved,
@@ -312,6 +313,10 @@ def _make_spec(
 
 def _host(parameter: torch.Tensor) -> Array:
     return parameter.detach().numpy()
+
+
+def _text_or_none(value: object) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def _tokenizer_json(tokenizer: Any) -> str:

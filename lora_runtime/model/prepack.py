@@ -5,7 +5,7 @@ Measured on AVX2 with 2 threads in fp32, from 384 x 384 to 768 x 3072: 1.1 to 1.
 uses for frozen weights.
 
 With AVX-512 and 2 threads, the projections of a 135M decoder took 1.3 times as long as plain ones with 1 or 2 rows,
-which therefore stay plain (`wrapped.FEW_ROWS`), and 0.3 to 0.4 times with 16; so did its output layer of 49,152 tokens.
+which therefore stay plain (`FEW_ROWS`), and 0.3 to 0.4 times with 16; so did its output layer of 49,152 tokens.
 
 oneDNN compiles a product for each number of rows that it meets. torch and oneDNN both keep 1,024 of them, some 0.5 MB
 each: here 32, unless the environment says otherwise. A step needs one for each shape of projection.
@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_runtime.model.wrapped import LoraLinear
+from lora_runtime.model.wrapped import Adapt, LoraLinear
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
@@ -31,6 +31,7 @@ for _variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # r
     os.environ.setdefault(_variable, "32")
 
 _log = logging.getLogger(__name__)
+FEW_ROWS = 2
 _PROBE_ROWS = 3
 _TOLERANCE = 1e-4  # of a projection of random numbers, relative to the largest
 
@@ -48,6 +49,8 @@ def prepack_linears(backbone: nn.Module, *, together: bool = True) -> int:
     num_bytes = 0
     refused: list[str] = []
     able = [m for m in backbone.modules() if isinstance(m, LoraLinear) and _weight(m.base) is not None]
+    for module in able:
+        module.few_rows = FEW_ROWS
     for members in members_of_groups(able, together=together):
         linears = [module.base for module in members]
         product = _prepacked(linears)
@@ -82,6 +85,18 @@ def members_of_groups(able: Sequence[LoraLinear], *, together: bool = True) -> l
     return members
 
 
+class _Alone:
+    """The product of one projection, which adds its own deltas."""
+
+    def __init__(self, product: Product) -> None:
+        self._product = product
+
+    def part(self, x: torch.Tensor, adapt: Adapt) -> tuple[torch.Tensor, bool]:
+        """x [..., d_in] → ([..., d_out], False)."""
+        del adapt
+        return self._product(x), False
+
+
 class _Together:
     """One product of several projections, computed when one of them is asked and kept until each took its part.
 
@@ -93,21 +108,27 @@ class _Together:
         self._widths = widths
         self._x: torch.Tensor | None = None
         self._parts: dict[int, torch.Tensor] = {}  # by place, those that are left
+        self._is_adapted = False
 
-    def part(self, place: int, x: torch.Tensor) -> torch.Tensor:
-        """x [..., d_in] → [..., width of that place], a slice."""
+    def part(self, place: int, x: torch.Tensor, adapt: Adapt) -> tuple[torch.Tensor, bool]:
+        """x [..., d_in] → [..., width of that place], a slice, and whether it has its deltas already.
+
+        `adapt` is given the outputs of all, side by side, before the first is handed out.
+        """
         if self._x is not x or place not in self._parts:
-            self._x, self._parts = x, dict(enumerate(self._product(x).split(self._widths, dim=-1)))
+            whole = self._product(x)
+            self._is_adapted = adapt(x, whole)
+            self._x, self._parts = x, dict(enumerate(whole.split(self._widths, dim=-1)))
         part = self._parts.pop(place)
         if not self._parts:
             self._x = None
-        return part
+        return part, self._is_adapted
 
 
 def hand_out(product: Product, members: list[LoraLinear]) -> None:
     """Have each of them take its columns of x → the outputs of all, side by side."""
     if len(members) == 1:
-        members[0].prepacked = product
+        members[0].prepacked = _Alone(product).part
         return
     shared = _Together(product, [module.site.d_out for module in members])
     for place, module in enumerate(members):
@@ -125,8 +146,10 @@ def _weight(linear: nn.Module) -> torch.Tensor | None:
 
 
 def _prepack_alone(module: LoraLinear) -> bool:
-    module.prepacked = _prepacked([module.base])
-    return module.prepacked is not None
+    product = _prepacked([module.base])
+    if product is not None:
+        module.prepacked = _Alone(product).part
+    return product is not None
 
 
 def _prepacked(linears: list[nn.Module]) -> Product | None:

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from lora_runtime.batch import Extras, current_step, scale_and_shift
 from lora_runtime.types import Site, SiteGroup
 
-FEW_ROWS = 2  # up to which a projection's plain weight is multiplied faster than its reordered copy: see `prepack`
+Adapt = Callable[[torch.Tensor, torch.Tensor], bool]  # (input, outputs of a group side by side) → whether it did
 
 
 class Wrapped(nn.Module):
@@ -40,16 +40,19 @@ class LoraLinear(Wrapped):
         super().__init__(base, site.name)
         self.site = site
         self.group = group
-        self.prepacked: Callable[[torch.Tensor], torch.Tensor] | None = (
-            None  # what `base` does, faster; not always contiguous
-        )
+        # what `base` does, faster; not always contiguous, and with its deltas where the group's were added at once
+        self.prepacked: Callable[[torch.Tensor, Adapt], tuple[torch.Tensor, bool]] | None = None
+        self.few_rows = 0  # up to which `base` is faster nevertheless
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., T, d_in] → [..., T, d_out]."""
-        prepacked = self.prepacked
-        y = self.base(x) if prepacked is None or x.shape[:-1].numel() <= FEW_ROWS else prepacked(x)
+        is_adapted = False
+        if self.prepacked is None or x.shape[:-1].numel() <= self.few_rows:
+            y = self.base(x)
+        else:
+            y, is_adapted = self.prepacked(x, self._adapt_group)
         step = current_step.get()
-        if step is None:
+        if step is None or is_adapted:
             return y
         owners = step.owners(x)
         rows = y.view(-1, y.shape[-1])
@@ -57,11 +60,26 @@ class LoraLinear(Wrapped):
         for start, end, extra in extras:
             if extra.params:
                 rows[start:end] = functional_call(self.base, dict(extra.params), x.reshape(-1, x.shape[-1])[start:end])
-        if owners.plan.active(self.group):
+        if owners.plan.touches(self.group):
             shrunk = step.shrink(x, self.group, owners.plan)
             step.backend.expand(shrunk, self.site, owners.plan, rows)
         scale_and_shift(rows, extras)
         return y
+
+    def _adapt_group(self, x: torch.Tensor, whole: torch.Tensor) -> bool:
+        """Add the deltas of all projections of the group, whose outputs lie side by side; False where each adds its
+        own, as when an adapter changes more of one than LoRA does.
+        """
+        step = current_step.get()
+        if step is None or step.group_backend is None:
+            return False
+        owners = step.owners(x)
+        if any(owners.extras(site.name) for site in self.group.sites):
+            return False
+        if owners.plan.touches(self.group):
+            shrunk = step.shrink(x, self.group, owners.plan)
+            step.group_backend.expand_group(shrunk, self.group, owners.plan, whole.view(-1, whole.shape[-1]))
+        return True
 
 
 class AdaptedLeaf(Wrapped):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from lora_runtime.errors import BaseModelUnsupported, CapacityExceeded
 from lora_runtime.kernels.gemm_batch import GemmBatch
-from lora_runtime.kv_blocks import BlockCopy, BlockPool, KvConfig, Namespace, num_blocks_for
+from lora_runtime.kv_blocks import BlockCopy, BlockPool, KvConfig, Namespace, block_bytes
 from lora_runtime.model import kv_cache
 from lora_runtime.model.kv_cache import KvCache, KvLayout, default_block_tokens, paged_varlen_attention
 from lora_runtime.model.kv_layouts import SequenceSpan
@@ -348,7 +348,7 @@ def test_heads_that_do_not_divide_are_refused() -> None:
 
 def test_a_cache_that_memory_does_not_hold_is_refused() -> None:
     config = KvConfig(1, 1, 64, 4)
-    num_blocks = num_blocks_for(1 << 60, config, 16, max_length=16)
+    num_blocks = (1 << 60) // block_bytes(config, 16)
     with pytest.raises(CapacityExceeded, match="give it fewer"):
         KvCache(config, num_blocks, 16, torch.float32, CPU)
 

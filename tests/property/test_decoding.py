@@ -33,6 +33,7 @@ CARD = AdapterCard(Task.GENERATE, None, ProblemType.SINGLE_LABEL, None, None, No
 class FakeResident:
     digest: str
     card: AdapterCard
+    extras: tuple[()] = ()
 
 
 class FakeResidency:

@@ -89,7 +89,8 @@ class FakeSample:
     def __init__(self, generation: Generation, sequence: int, sample: int, prompt: TokenSequence) -> None:
         self._generation, self._place = generation, (sequence, sample)
         params = generation.params
-        self._room = min(params.max_new_tokens, CONTEXT - prompt.num_tokens)
+        limit = min(CONTEXT, generation.max_length or CONTEXT)
+        self._room = min(params.max_new_tokens, limit - prompt.num_tokens)
         once = [*prompt.input_ids[sample:], min(generation.eos_token_ids)]
         self._coming: Iterator[int] = iter(itertools.cycle(once[:-1]) if params.ignore_eos else once)
         self._text, self._stops = generation.new_text(), StopChecker(params.stop, include_stop=params.include_stop)

@@ -119,3 +119,24 @@ def test_how_merges_are_written_does_not_matter() -> None:
     assert tokenizer_digest(json.dumps({"model": model})) == tokenizer_digest(json.dumps(new))
     other = {"model": {**model, "merges": [["b", "a"]]}}
     assert tokenizer_digest(json.dumps(new)) != tokenizer_digest(json.dumps(other))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "own"),
+    [
+        ("chat_template.jinja", "{{ messages }}", False),
+        ("chat_template.jinja", "{{ messages[0] }}", True),
+        ("tokenizer_config.json", '{"eos_token": {"content": "</s>"}}', False),
+        ("tokenizer_config.json", '{"eos_token": "<|im_end|>"}', True),
+        ("tokenizer_config.json", '{"chat_template": "{{ other }}"}', True),
+    ],
+)
+def test_the_bases_vocabulary_with_another_template_or_end_is_another_tokenizer(
+    tmp_path: Path, name: str, content: str, own: bool
+) -> None:
+    digest = tokenizer_digest(tokenizer().to_str())
+    base = spec_of("llama", tokenizer_digest=digest, chat_template="{{ messages }}", eos_token="</s>")
+    folder = save("llama", "CAUSAL_LM", tmp_path / "a", target_modules=["q_proj"])
+    tokenizer().save(str(folder / "tokenizer.json"))
+    (folder / name).write_text(content)
+    assert (read_checkpoint(folder, base, NO_LIMIT).card.tokenizer_sha256 is not None) is own

@@ -61,6 +61,14 @@ class LoraPlan:
             self.cache[key] = tuple(s for s in self.segments if ranks[s.slot, group.index])
         return self.cache[key]
 
+    def touches(self, group: SiteGroup) -> bool:
+        """Whether any segment's adapter has a matrix at some site of `group`."""
+        touched: Any = self.cache.get("touched")
+        if touched is None:
+            chosen = [segment.slot for segment in self.segments]
+            touched = self.cache["touched"] = self.slots.group_rank[chosen].any(axis=0).tolist() if chosen else ()
+        return bool(touched) and touched[group.index]
+
     def check_current(self) -> None:
         """Raise AssertionError when a slot was released since the plan was built."""
         for segment in self.segments:
@@ -82,6 +90,15 @@ class GroupedLora(Protocol):
 
     def expand(self, shrunk: Any, site: Site, plan: LoraPlan, out: torch.Tensor) -> None:
         """Add the deltas of one site into `out [num_rows, d_out]`, in place."""
+        ...
+
+
+@runtime_checkable
+class GroupLora(GroupedLora, Protocol):
+    """A backend that adds the deltas of all sites of a group at once, where their outputs lie side by side."""
+
+    def expand_group(self, shrunk: Any, group: SiteGroup, plan: LoraPlan, out: torch.Tensor) -> None:
+        """Add the deltas of every site into `out [num_rows, sum of d_out]`, in place, sites in the group's order."""
         ...
 
 

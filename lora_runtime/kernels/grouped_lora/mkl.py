@@ -7,14 +7,14 @@ layers with the same ranks share it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from lora_runtime.arena import RankArena, SlotTable
 from lora_runtime.kernels.gemm_batch import FloatArray, GemmBatch, Int32Array, Int64Array, Products, addresses
-from lora_runtime.kernels.grouped_lora.api import LoraPlan
+from lora_runtime.kernels.grouped_lora.api import LoraPlan, Segment
 from lora_runtime.types import Site, SiteGroup
 
 _Index = slice | Int64Array
@@ -30,6 +30,8 @@ class _Placed:
     b: Int64Array  # [sites, segments] address of B^T
     ranks: Int32Array  # [sites, segments]
     scaling: FloatArray  # [sites, segments]
+    patterns: dict[int, _Pattern] = field(default_factory=dict[int, "_Pattern"])  # by group
+    alike: dict[bytes, _Pattern] = field(default_factory=dict[bytes, "_Pattern"])  # by the ranks of the group's sites
 
     @classmethod
     def of(cls, plan: LoraPlan, slots: SlotTable, buffer: torch.Tensor) -> _Placed:
@@ -55,6 +57,7 @@ class _Pattern:
     def __init__(self, placed: _Placed, ranks: Int32Array) -> None:
         """`ranks` [sites of the group, segments]."""
         total = ranks.sum(axis=0, dtype=np.int32)
+        self._num_segments = ranks.shape[1]
         self.active = _chosen(total)
         self._starts = placed.starts[self.active]
         self._num_rows = placed.num_rows[self.active]
@@ -66,6 +69,7 @@ class _Pattern:
         self.num_elements = int(sizes.sum())  # of the scratch
         self._shrinks: dict[tuple[int, int], Products] = {}
         self._expands: dict[tuple[int, int, int], tuple[_Index, Products]] = {}
+        self._group_expands: dict[tuple[tuple[int, ...], int], tuple[Int64Array, Products]] = {}
 
     def shrink(self, d_in: int, stride: int) -> Products:
         """[rows, d_in] by [d_in, R] for the active segments; `stride` of the rows of x."""
@@ -98,6 +102,26 @@ class _Pattern:
             self._expands[key] = segments, products
         return self._expands[key]
 
+    def expand_group(self, widths: tuple[int, ...], stride: int) -> tuple[Int64Array, Products]:
+        """As `expand`, of all sites, whose outputs of these widths lie side by side; which [site, segment] of the
+        group's, flat, each product is.
+        """
+        key = widths, stride
+        if key not in self._group_expands:
+            place, own = np.nonzero(self._ranks)  # of the active segments, site by site
+            d_outs, ends = np.array(widths), np.cumsum(widths)
+            products = Products(
+                len(place),
+                (self._num_rows[own], d_outs[place].astype(np.int32), self._ranks[place, own]),
+                (self._total[own], d_outs[place].astype(np.int32), stride),
+                self._firsts[own] + self._columns[place, own],
+                self._starts[own] * stride + (ends - d_outs)[place],
+                beta=1.0,
+            )
+            segments = own if isinstance(self.active, slice) else self.active[own]
+            self._group_expands[key] = place * self._num_segments + segments, products
+        return self._group_expands[key]
+
 
 def _chosen(ranks: Int32Array) -> _Index:
     """Where ranks are not zero; a slice where they all are, which is read without a copy."""
@@ -124,6 +148,7 @@ class MklGroupedLora:
         self._gemm = gemm
         self._places = {group.index: _places(group) for group in slots.groups}
         self._rows = {index: _slice_of(list(places)) for index, places in self._places.items()}
+        self._last: tuple[tuple[tuple[Segment, ...], int], _Placed] | None = None
 
     def shrink(self, x: torch.Tensor, group: SiteGroup, plan: LoraPlan) -> _Shrunk:
         placed, pattern = self._pattern(group, plan)
@@ -143,16 +168,35 @@ class MklGroupedLora:
         if target is not out:
             out.copy_(target)  # rows without an adapter come back as they were
 
+    def expand_group(self, shrunk: _Shrunk, group: SiteGroup, plan: LoraPlan, out: torch.Tensor) -> None:
+        del plan
+        placed, pattern, rows = shrunk.placed, shrunk.pattern, self._rows[group.index]
+        target = _fp32_rows(out)
+        which, products = pattern.expand_group(tuple(site.d_out for site in group.sites), target.stride(0))
+        products.alpha[:] = placed.scaling[rows].reshape(-1)[which]
+        self._gemm.run(products, shrunk.values, placed.b[rows].reshape(-1)[which], target)
+        if target is not out:
+            out.copy_(target)
+
     def _pattern(self, group: SiteGroup, plan: LoraPlan) -> tuple[_Placed, _Pattern]:
         placed: _Placed | None = plan.cache.get("placed")
         if placed is None:
-            placed = plan.cache["placed"] = _Placed.of(plan, self._slots, self._buffer)
-        ranks = placed.ranks[self._rows[group.index]]
-        key = "pattern", ranks.tobytes()
-        pattern: _Pattern | None = plan.cache.get(key)
+            placed = plan.cache["placed"] = self._place(plan)
+        pattern = placed.patterns.get(group.index)
         if pattern is None:
-            pattern = plan.cache[key] = _Pattern(placed, ranks)
+            ranks = placed.ranks[self._rows[group.index]]
+            key = ranks.tobytes()
+            if key not in placed.alike:
+                placed.alike[key] = _Pattern(placed, ranks)
+            pattern = placed.patterns[group.index] = placed.alike[key]
         return placed, pattern
+
+    def _place(self, plan: LoraPlan) -> _Placed:
+        """As the last step's where that had the same segments and nothing was loaded since: decodes go on alike."""
+        key = plan.segments, self._slots.version
+        if self._last is None or self._last[0] != key:
+            self._last = key, _Placed.of(plan, self._slots, self._buffer)
+        return self._last[1]
 
 
 def _places(group: SiteGroup) -> dict[int, int]:
