@@ -15,6 +15,7 @@ from grpc import aio
 from grpc_health.v1 import health
 from grpc_reflection.v1alpha import reflection
 
+from lora_runtime.decoding import GenerationStats
 from lora_runtime.types import AdapterInfo, AdapterState, RunnerStats
 from server.admission import Admission
 from server.backend import Backend, BackendSlot, completion
@@ -22,6 +23,7 @@ from server.control.events import EventLog, EventObserver
 from server.control.setup import Control
 from server.control.watcher import RootWatcher
 from server.early_refusal import EarlyRefusal
+from server.kv_metrics import KvMetrics
 from server.metrics import EngineMetrics, MetricsEndpoint, ServerMetrics
 from server.pb.multilora.v1 import (
     adapters_pb2,
@@ -73,6 +75,7 @@ class App:
         self._metrics = ServerMetrics()
         self._events = EventLog()
         RunnerMetrics(self._metrics.registry, self._runner_stats)
+        KvMetrics(self._metrics.registry, self._generation_stats)
         self._tenancy = Tenancy(settings, self._metrics)
         self._control = Control(settings, self._slot)
         self._watching: asyncio.Task[None] | None = None
@@ -161,6 +164,9 @@ class App:
 
     def _runner_stats(self) -> RunnerStats:
         return RunnerStats() if self._backend is None else self._backend.stats()
+
+    def _generation_stats(self) -> GenerationStats | None:
+        return None if self._backend is None else self._backend.engine.generation_stats()
 
     async def close(self) -> None:
         """Report NOT_SERVING, give requests in flight `grace` seconds, then stop. Safe at any stage."""

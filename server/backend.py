@@ -23,6 +23,7 @@ from lora_runtime.shares import Shares
 from lora_runtime.types import AdapterId, AdapterInfo, Alias, Request, Result, RunnerStats, TokenSequence, Unloaded
 
 if TYPE_CHECKING:  # brings torch, transformers and tokenizers
+    from lora_runtime.decoding import GenerationStats
     from lora_runtime.model.encoder_text import TokenText, Window
     from lora_runtime.sampling.constrained import ConstraintKind
     from lora_runtime.sampling.row import LogitsMask
@@ -60,6 +61,10 @@ class Engine(Protocol):
     def use_shares(self, shares: Shares) -> None: ...
 
     def add_observer(self, observer: EngineObserver) -> None: ...
+
+    def generation_stats(self) -> GenerationStats | None:
+        """What the KV cache holds and did; None where nothing generates. From any thread."""
+        ...
 
     @property
     def catalogue(self) -> Catalogue:

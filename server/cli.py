@@ -107,6 +107,8 @@ def serve(
     lora_backend: Annotated[str | None, _flag("lora_backend")] = None,
     graph_mib: Annotated[int | None, _flag("graph_mib")] = None,
     host_mib: Annotated[int | None, _flag("host_mib")] = None,
+    kv_mib: Annotated[int | None, _flag("kv_mib")] = None,
+    prefix_cache: Annotated[str | None, _flag("prefix_cache")] = None,
     prepack: Annotated[str | None, _flag("prepack")] = None,
     quantize: Annotated[str | None, _flag("quantize")] = None,
     tokenizer_threads: Annotated[int | None, _flag("tokenizer_threads")] = None,

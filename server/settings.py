@@ -119,6 +119,13 @@ class ServeSettings(BaseModel):
     max_input_chars: _Count = Field(
         262_144, description="Most characters of one text, question or context; more is refused before it is tokenised."
     )
+    kv_mib: _Count = Field(
+        1024, description="MiB of memory for keys and values of texts under way, and of prompts that may come again."
+    )
+    prefix_cache: bool = Field(
+        True,
+        description="Keep keys and values of prompts for later ones of the tenant and adapter that begin alike.",
+    )
     max_new_tokens: _Count = Field(4096, description="Most tokens that a request may have generated for a sample.")
     stream_stall_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         30.0, description="Seconds that a stream of generated text waits for a client that does not read; then it ends."

@@ -52,6 +52,8 @@ def load_runtime(settings: ServeSettings, fetcher: Fetcher) -> Backend:
             backend=settings.lora_backend,
             graph_bytes=settings.graph_mib * MIB,
             host_bytes=settings.host_mib * MIB,
+            kv_bytes=settings.kv_mib * MIB,
+            prefix_cache=settings.prefix_cache,
             prepack=settings.prepack,
             quantize=settings.quantize,
             gguf_file=settings.gguf_file,

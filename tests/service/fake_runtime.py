@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from lora_runtime.adapters.sources.api import Origin
 from lora_runtime.catalogue import Catalogue
+from lora_runtime.decoding import GenerationStats
 from lora_runtime.errors import (
     AdapterFailed,
     AdapterInUse,
@@ -86,6 +87,7 @@ class FakeEngine:
         self.gate.set()
         self.answer: Callable[[Request], Result] = self._answer
         self.steps: threading.Semaphore | None = None
+        self.kv_stats: GenerationStats | None = None
         self.fault: Callable[[Request], MultiloraError | None] = lambda _: (
             None
         )  # of a request that generates, at a step
@@ -106,6 +108,9 @@ class FakeEngine:
 
     def use_shares(self, shares: Shares) -> None:
         self.shares = shares
+
+    def generation_stats(self) -> GenerationStats | None:
+        return self.kv_stats
 
     def submit(self, request: Request) -> Future[Result]:
         future: Future[Result] = Future()

@@ -6,7 +6,10 @@ import re
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from lora_runtime.decoding import GenerationStats
+from lora_runtime.kv_blocks import BlockStats
 from lora_runtime.types import RunnerStats
+from server.kv_metrics import HELP as KV_HELP
 from server.metrics import SERIES
 from server.pb.multilora.v1 import adapters_pb2
 from server.runner_metrics import HELP as RUNNER_HELP
@@ -58,7 +61,7 @@ async def test_every_series_is_declared_documented_and_well_named(server: Harnes
     text = await server.metrics()
     families = {family.name: family for family in text_string_to_metric_families(text)}
     ours = {name for name in families if name.startswith("multilora_")}
-    declared = {name: series.help for name, series in {**SERIES, **TENANT_SERIES}.items()} | RUNNER_HELP
+    declared = {name: series.help for name, series in {**SERIES, **TENANT_SERIES}.items()} | RUNNER_HELP | KV_HELP
     assert ours == {name.removesuffix("_total") for name in declared}
     for name, text_of_it in declared.items():
         assert re.fullmatch(r"multilora_[a-z_]+", name)
@@ -78,6 +81,18 @@ async def test_what_the_runner_did_is_read_at_each_scrape(server: Harness) -> No
     assert await server.sample("multilora_graph_steps_total") == 12
     assert await server.sample('multilora_eager_steps_total{reason="size"}') == 2
     assert await server.sample('multilora_eager_steps_total{reason="extras"}') == 0
+
+
+async def test_what_the_kv_cache_holds_is_read_at_each_scrape(server: Harness) -> None:
+    assert await server.sample("multilora_kv_blocks") == 0
+    server.engine.kv_stats = GenerationStats(2, 3, 5, BlockStats(100, 20, 30, 50, 640, 1000, 7))
+    assert await server.sample("multilora_kv_blocks") == 100
+    assert await server.sample("multilora_kv_blocks_used") == 20
+    assert await server.sample("multilora_kv_blocks_cached") == 30
+    assert await server.sample("multilora_generating_sequences") == 3
+    assert await server.sample("multilora_prompt_tokens_queried_total") == 1000
+    assert await server.sample("multilora_prompt_tokens_cached_total") == 640
+    assert await server.sample("multilora_preemptions_total") == 5
 
 
 async def test_kernels_are_warm_before_the_server_says_that_it_serves(server: Harness) -> None:
