@@ -272,7 +272,7 @@ class Decoding:
         if not self._reuse_prefixes:
             self._num_salts += 1
             owner = f"{owner}/{self._num_salts}"
-        own = f"{owner}/{resident.digest}"
+        own = f"{owner}/" if ticket.adapter.is_base else f"{owner}/{resident.digest}"
         # what an adapter changes beside LoRA it changes for all tokens, those before an invocation too
         return Namespace(own, num_inactive, base=own if resident.extras else f"{owner}/")
 
