@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 import warnings
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from lora_runtime.model.checkpoint import read_checkpoint, resolve_source
 from server.bench.generate.checks import Step
@@ -59,11 +60,12 @@ def generate_greedily(model: Any, prompts: Prompts, num_tokens: int, *, with_ste
     stamps: list[float] = []
     columns: list[torch.Tensor] = []
     best: list[tuple[torch.Tensor, torch.Tensor]] = []
-    ids, cache = torch.tensor(list(prompts)), None
+    ids, name = torch.tensor(list(prompts)), _cache_name(model)
+    cache = None
     with torch.inference_mode():
         for _ in range(num_tokens):
-            out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            logits, cache = out.logits[:, -1], out.past_key_values
+            out = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{name: cache})
+            logits, cache = out.logits[:, -1], getattr(out, name)
             ids = logits.argmax(-1, keepdim=True)  # [prompts, 1]
             columns.append(ids)
             stamps.append(time.perf_counter())
@@ -104,6 +106,12 @@ class Memory:
             self._numbers.sum()
             seconds.append(time.perf_counter() - started)
         return _SUM_BYTES / min(seconds)
+
+
+def _cache_name(model: Any) -> str:
+    """What the transformers that is installed calls the KV cache, which it renamed in 5.24."""
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    return "cache" if "cache" in inspect.signature(plain.forward).parameters else "past_key_values"
 
 
 def _steps(tokens: list[int], row: int, best: list[tuple[torch.Tensor, torch.Tensor]]) -> list[Step]:

@@ -26,7 +26,7 @@ from server.bench.generate.own import OwnEngine, steps_of, tokens_of
 from server.bench.generate.plan import LONG_PROMPT_TOKENS, NUM_CHECKED, RANKS, GenerateBench
 from server.bench.generate.rounds import Figures, Turn, quotient, speed, take_turns
 from server.bench.generate.streams import Streams
-from server.bench.generate.vllm import WAYS, Vllm
+from server.bench.generate.vllm_client import WAYS, Vllm
 from server.bench.measure import Spread, describe_machine
 from server.bench.texts import sample_texts
 

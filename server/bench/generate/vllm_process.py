@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -53,6 +54,7 @@ class Asked:
 
 def main() -> None:
     """Answer until stdin ends."""
+    sys.path.remove(str(Path(__file__).parent))  # its modules are ours
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what vLLM prints is no answer
 
