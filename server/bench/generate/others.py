@@ -40,7 +40,7 @@ def make_adapters(base: str, folder: Path, count: int) -> tuple[Any, list[Path]]
     torch.manual_seed(0)
     model = read_checkpoint(resolve_source(base)).model.float().eval()
     configs = [
-        LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=rank, target_modules="all-linear")
+        LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules="all-linear")
         for rank in (RANKS[i % len(RANKS)] for i in range(count))
     ]
     with warnings.catch_warnings():
@@ -50,7 +50,7 @@ def make_adapters(base: str, folder: Path, count: int) -> tuple[Any, list[Path]]
             adapted.add_adapter(f"a{i}", config)
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.1)
+                torch.nn.init.normal_(parameter, std=0.15)
         adapted.save_pretrained(str(folder), save_embedding_layers=False)
     return adapted.eval(), [folder / f"a{i}" for i in range(count)]
 
