@@ -6,6 +6,7 @@ from typing import Any
 
 from tests.benchmarks.adapters_table import spread
 
+_FEWEST_ROUNDS = 3  # that a figure is to be read as one
 _CONTENDERS = {
     "own_base": "multilora, base alone",
     "own_mixed": "multilora, {num_adapters} adapters",
@@ -79,8 +80,9 @@ def _footnote(name: str, result: dict[str, Any]) -> str:
     ranks = " and ".join(map(str, settings["ranks"]))
     option = " --vllm-python PYTHON" if "vllm" in result else ""
     parted = f"{sum(checked.values())} of the compared texts parted at a near tie" if any(checked.values()) else ""
+    short = "A run this short shows that it works, not how fast it is. " if settings["rounds"] < _FEWEST_ROUNDS else ""
     return (
-        f"{result['base']} in fp32, greedy: {settings['requests']} prompts of {settings['prompt_tokens']} tokens, "
+        f"{short}{result['base']} in fp32, greedy: {settings['requests']} prompts of {settings['prompt_tokens']} tokens, "
         f"{settings['new_tokens']} generated after each, random adapters of ranks {ranks} on every linear layer, no "
         f"cache of prompts. The weights are {result['weight_bytes'] / 1e6:.0f} MB, read at "
         f"{result['bytes_per_second']['median'] / 1e9:.1f} GB/s at best. Tokens were compared with transformers' and "
