@@ -82,8 +82,8 @@ def _footnote(name: str, result: dict[str, Any]) -> str:
     parted = f"{sum(checked.values())} of the compared texts parted at a near tie" if any(checked.values()) else ""
     short = "A run this short shows that it works, not how fast it is. " if settings["rounds"] < _FEWEST_ROUNDS else ""
     return (
-        f"{short}{result['base']} in fp32, greedy: {settings['requests']} prompts of {settings['prompt_tokens']} tokens, "
-        f"{settings['new_tokens']} generated after each, random adapters of ranks {ranks} on every linear layer, no "
+        f"{short}{result['base']} in fp32, greedy: {settings['requests']} prompts of {settings['prompt_tokens']} "
+        f"tokens, {settings['new_tokens']} generated after each, random adapters of ranks {ranks} on every linear layer, no "
         f"cache of prompts. The weights are {result['weight_bytes'] / 1e6:.0f} MB, read at "
         f"{result['bytes_per_second']['median'] / 1e9:.1f} GB/s at best. Tokens were compared with transformers' and "
         f"PEFT's first: {parted or 'all are the same'}. {settings['rounds']} interleaved rounds, "
