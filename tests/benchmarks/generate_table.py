@@ -83,8 +83,8 @@ def _footnote(name: str, result: dict[str, Any]) -> str:
     short = "A run this short shows that it works, not how fast it is. " if settings["rounds"] < _FEWEST_ROUNDS else ""
     return (
         f"{short}{result['base']} in fp32, greedy: {settings['requests']} prompts of {settings['prompt_tokens']} "
-        f"tokens, {settings['new_tokens']} generated after each, random adapters of ranks {ranks} on every linear layer, no "
-        f"cache of prompts. The weights are {result['weight_bytes'] / 1e6:.0f} MB, read at "
+        f"tokens, {settings['new_tokens']} generated after each, random adapters of ranks {ranks} on every linear "
+        f"layer, no cache of prompts. The weights are {result['weight_bytes'] / 1e6:.0f} MB, read at "
         f"{result['bytes_per_second']['median'] / 1e9:.1f} GB/s at best. Tokens were compared with transformers' and "
         f"PEFT's first: {parted or 'all are the same'}. {settings['rounds']} interleaved rounds, "
         f"{settings['threads']} threads of {machine['processor']}, load average before the start "
