@@ -105,6 +105,31 @@ def many_tenants(
     _run(lambda progress: run_tenants_bench(bench, progress), _print_targets, out)
 
 
+@bench_app.command("generate")
+def generation(
+    base: Annotated[str, typer.Option(metavar="FOLDER_OR_GGUF", help="The decoder.")],
+    adapters: Annotated[
+        int, typer.Option("--adapters", "--adapters-of", metavar="N", help="Random adapters of it.", min=1)
+    ] = 16,
+    requests: Annotated[int, typer.Option(help="Texts at once.", min=2)] = 16,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of each text.", min=4)] = 64,
+    rounds: Annotated[int, typer.Option(help="Counted rounds.", min=1)] = 5,
+    threads: Annotated[int, typer.Option(help="torch threads, for all contenders.", min=1)] = 2,
+    vllm_python: Annotated[
+        Path | None, typer.Option(help="Interpreter of an environment with vLLM for CPUs, to measure that too.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "--output", help="Write the result here as JSON.")] = None,
+) -> None:
+    """Texts of many adapters at once against the base alone, transformers and vLLM; fp32 on the CPU; streaming."""
+    with _installed():
+        from server.bench.generate.plan import GenerateBench
+        from server.bench.generate.run import run_generate_bench
+    if vllm_python is not None and not Path(base).is_dir():
+        raise typer.BadParameter("vLLM is measured on a folder of safetensors", param_hint="--vllm-python")
+    bench = GenerateBench(base, adapters, requests, new_tokens, rounds, threads, vllm_python=vllm_python)
+    _run(lambda progress: run_generate_bench(bench, progress), _print_generation, out)
+
+
 @contextmanager
 def _installed() -> Generator[None]:
     try:
@@ -127,15 +152,15 @@ def _run(
     out: Path | None,
 ) -> None:
     """Measure, show and write; nothing of either when outputs differ."""
-    from server.bench.measure import OutputsDiffer
+    from server.bench.measure import ContenderFailed, OutputsDiffer
 
     console = Console()
     before = signal.signal(signal.SIGTERM, _end)
     try:
         with console.status("starting") as status:
             result = measure(status.update)
-    except OutputsDiffer as error:
-        console.print(f"[red]{error}[/]")
+    except (OutputsDiffer, ContenderFailed) as error:
+        console.print(str(error), style="red", markup=False)
         raise typer.Exit(1) from error
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -148,6 +173,18 @@ def _run(
 
 def _end(*_: object) -> None:
     raise SystemExit(143)  # so that the servers of a run end with it
+
+
+def _print_generation(console: Console, result: dict[str, Any]) -> None:
+    settings = result["settings"]
+    table = Table(title=f"{result['base']}: {settings['requests']} texts of {settings['new_tokens']} tokens")
+    for heading in ("figure", "median", "low", "high"):
+        table.add_column(heading, justify="left" if heading == "figure" else "right")
+    for key in ("tokens_per_second", "ms_per_token", "first_token_ms", "gap_ms", "ratios", "streaming_ratios"):
+        for name, spread in result[key].items():
+            figure = name if "ratios" in key else f"{key.replace('_', ' ')}: {name}"
+            table.add_row(figure, *(f"{spread[at]:.4g}" for at in ("median", "low", "high")))
+    console.print(table)
 
 
 def _print_targets(console: Console, result: dict[str, Any]) -> None:

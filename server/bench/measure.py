@@ -20,6 +20,10 @@ class OutputsDiffer(Exception):
     """A contender's outputs are not the reference's; no speed is reported."""
 
 
+class ContenderFailed(Exception):
+    """Another project that was to be measured does not run here."""
+
+
 @dataclass(frozen=True, slots=True)
 class Spread:
     """Of one figure over the rounds."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from lora_runtime.adapters.variants import support_table
 from tests.benchmarks.adapters_table import adapters_table
+from tests.benchmarks.generate_table import generate_table
 from tests.benchmarks.kernels_table import kernels_table
 from tests.benchmarks.quantized_table import quantized_table
 from tests.benchmarks.runner_table import runner_table
@@ -110,6 +111,7 @@ _RESULTS = {
     "encoder": encoder_table,
     "adapters": adapters_table,
     "tenants": tenants_table,
+    "generate": generate_table,
     "kernels": kernels_table,
     "quantized": quantized_table,
     "runner": runner_table,
