@@ -73,6 +73,7 @@ class EngineSettings:
     num_loader_threads: int = 1
     num_threads: int | None = None  # torch's intra-op threads; None leaves torch's choice
     max_generating: int = 128  # sequences that generate at once; at most half of either bound above
+    beside_tokens: int | None = None  # most in a step beside sequences that generate; None: what the budget leaves
     reuse_prefixes: bool = True  # keep the keys and values of prompts for others that begin alike
 
 
@@ -123,6 +124,7 @@ class Engine(AdapterCalls):
             settings.max_batch_sequences,
             lambda tenant: self._shares.weight_of(tenant),
             self._decoding,
+            settings.beside_tokens,
         )
         self._thread = threading.Thread(target=self._loop, name="multilora-engine", daemon=True)
         self._drain_until: float | None = None  # set once the engine is draining

@@ -102,8 +102,8 @@ class Residency:
         record = self._records.find(adapter)
         if record is None or record.state is not AdapterState.READY:
             return False
-        is_going = adapter in self._leaving or (adapter in self._loads.yielding and record.references > 0)
-        return record.deleting or not is_going
+        is_going = adapter in self._leaving or adapter in self._loads.yielding
+        return record.deleting or not (is_going and record.references)
 
     def want(self, adapter: AdapterId) -> None:
         """Start a load unless one is under way or done.

@@ -70,6 +70,7 @@ class RuntimeSettings:
 
     arena_bytes: int = 512 << 20  # adapters in memory, and the kernels' copies of them; pages are taken as they come
     token_budget: int = 256  # tokens per step
+    beside_tokens: int = 48  # most in a step beside texts under way: more of them make their readers wait longer
     max_batch_sequences: int = 256
     num_loader_threads: int = 1
     num_threads: int | None = None  # torch's intra-op threads; None leaves torch's choice
@@ -129,6 +130,7 @@ class Runtime:
                 settings.num_loader_threads,
                 settings.num_threads,
                 MAX_GENERATING,
+                settings.beside_tokens,
                 settings.prefix_cache,
             ),
             host=_host_tier(settings, placement),

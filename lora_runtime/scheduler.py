@@ -13,7 +13,8 @@ service per weight drifts apart by at most one turn (`TURN_TOKENS` and the seque
 the credit that one of them began with.
 
 Sequences that generate (see `decoding.py`) take one token of every step, before anything else, since each of them is
-work that has begun; those tokens count as service too. Their prompts have their turns like all sequences, and are cut
+work that has begun; those tokens count as service too. Beside them a step takes few other tokens, so that none of their
+readers waits long for the next one. Their prompts have their turns like all sequences, and are cut
 where a turn or the step ends. A prompt that the KV cache has no room for waits, and no other begins before it does.
 
 A flow is one tenant's requests for one adapter at one priority, in order of arrival. Flows share their tenant's service
@@ -49,9 +50,13 @@ class Scheduler:
         max_sequences: int,
         weight_of: Callable[[str], float] = lambda _tenant: 1.0,
         decoding: Decoding | None = None,
+        beside_tokens: int | None = None,
     ) -> None:
-        """Without `decoding` no request may generate."""
+        """Without `decoding` no request may generate. `beside_tokens`: most that a step takes beside sequences that
+        generate, None: what the budget leaves.
+        """
         self._decoding = decoding
+        self._beside_tokens = token_budget if beside_tokens is None else min(beside_tokens, token_budget)
         self._token_budget = token_budget
         self._max_sequences = max_sequences
         self._weight_of = weight_of
@@ -119,7 +124,8 @@ class Scheduler:
         """Sequences of ready adapters for one batch, up to the budget; at least one if any is ready."""
         chosen = self._next_tokens()
         turns = self._turns(is_ready)
-        draft = Draft(chosen, is_ready, self._token_budget - len(chosen))
+        room = self._token_budget - len(chosen)
+        draft = Draft(chosen, is_ready, min(room, self._beside_tokens) if chosen else room)
         others_from = self._token_budget
         if turns and self._num_queued_tokens > self._token_budget and self._is_light(turns[0][2]):
             others_from = int(_FILL * self._token_budget)

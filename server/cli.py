@@ -118,6 +118,7 @@ def serve(
     max_upload_mib: Annotated[int | None, _flag("max_upload_mib")] = None,
     watch_seconds: Annotated[float | None, _flag("watch_seconds")] = None,
     token_budget: Annotated[int | None, _flag("token_budget")] = None,
+    beside_tokens: Annotated[int | None, _flag("beside_tokens")] = None,
     max_batch_sequences: Annotated[int | None, _flag("max_batch_sequences")] = None,
     max_inputs: Annotated[int | None, _flag("max_inputs")] = None,
     max_input_chars: Annotated[int | None, _flag("max_input_chars")] = None,

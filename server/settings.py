@@ -114,6 +114,9 @@ class ServeSettings(BaseModel):
     token_budget: _Count = Field(
         256, description="Most tokens in one batch; a longer text has one of its own. More: others wait longer for it."
     )
+    beside_tokens: _Count = Field(
+        48, description="Most tokens of other texts in a batch that goes on with generated ones. More: those falter."
+    )
     max_batch_sequences: _Count = Field(256, description="Most sequences in one batch.")
     max_inputs: _Count = Field(256, description="Most inputs in one request.")
     max_input_chars: _Count = Field(

@@ -44,6 +44,7 @@ def load_runtime(settings: ServeSettings, fetcher: Fetcher) -> Backend:
         RuntimeSettings(
             arena_bytes=settings.arena_mib * MIB,
             token_budget=settings.token_budget,
+            beside_tokens=settings.beside_tokens,
             max_batch_sequences=settings.max_batch_sequences,
             num_loader_threads=settings.loader_threads,
             num_threads=settings.threads,

@@ -20,7 +20,7 @@ from lora_runtime.sampling.params import SamplingParams
 from lora_runtime.types import DEFAULT_TENANT, AdapterId, Request, Result, Task, TokenSequence
 from tests.oracle import train
 
-GREEDY = SamplingParams(temperature=0.0, max_new_tokens=24, logprobs=0)
+GREEDY = SamplingParams(temperature=0.0, max_new_tokens=20, logprobs=0)
 
 
 def make_generator(base: Path, folder: Path, *, seed: int, **config: Any) -> Path:

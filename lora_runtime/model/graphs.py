@@ -308,4 +308,5 @@ class GraphedBackbone:
         tiles = bucket.tiles_for(variant.rank, self._lora.tile_rows_for(bucket.num_tokens))
         plan = tiles.static_plan(self._slots, bucket.num_tokens)
         plan.cache.update({("active", g.index): () for g in self._slots.groups if g.index not in variant.groups})
+        plan.cache["touched"] = [g.index in variant.groups for g in self._slots.groups]
         return plan

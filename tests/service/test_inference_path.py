@@ -174,7 +174,7 @@ async def test_a_call_cancelled_while_its_answer_is_read_gives_its_permits_back(
     class Slow(tuple[Any, ...]):
         def __iter__(self) -> Iterator[Any]:
             reading.set()
-            go_on.wait(5)
+            go_on.wait(2)
             return super().__iter__()
 
     answer = tasks.engine.answer

@@ -215,7 +215,7 @@ def test_what_is_captured_is_what_the_adapters_need_the_most_common_first(tiny_b
     assert rig.graphs.captured == {(n, v) for v in wanted[:2] for n in (16, 32)} | {(32, Variant(mlp, 8))}
     assert rig.graphed.stats().graph_bytes == 50
     rig.check([rig.row(4, rig.add(2, "intermediate.dense"))], replayed=False)
-    assert rig.graphed.stats().eager_steps == {"extras": 0, "size": 0, "variant": 1}
+    assert rig.graphed.stats().eager_steps == {"extras": 0, "size": 0, "cached": 0, "variant": 1}
 
 
 def test_a_wider_variant_serves_and_a_narrower_never(tiny_bert: Path) -> None:

@@ -61,7 +61,8 @@ class TileList:
         """
         assert self.max_rank is not None, "a list for graphs needs a rank that it is made for"
         anybody = (Segment(BASE_SLOT, 0, num_rows, 0),)
-        return LoraPlan(num_rows, (), slots, {TILES: self, **{("active", g.index): anybody for g in slots.groups}})
+        active = {("active", g.index): anybody for g in slots.groups}
+        return LoraPlan(num_rows, (), slots, {TILES: self, "touched": [True] * len(slots.groups), **active})
 
     def width(self, group: SiteGroup, plan: LoraPlan) -> int:
         """Columns of the scratch: what the largest adapter of the group needs, rounded up to a power of two."""
