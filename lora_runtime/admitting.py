@@ -38,6 +38,8 @@ def _check_generation(
     if generation.params.n > decoding.max_sequences:
         most = decoding.max_sequences
         raise InvalidRequest("sampling.n", f"{generation.params.n} is above {most}, the samples that run at once here")
-    if generation.new_mask is not None and generation.params.ignore_eos:
-        message = "a constrained text ends where its constraint does; leave ignore_eos unset"
-        raise InvalidRequest("sampling.ignore_eos", message)
+    for name in ("ignore_eos", "min_new_tokens"):
+        if generation.new_mask is not None and getattr(generation.params, name):
+            raise InvalidRequest(
+                f"sampling.{name}", "a constrained text ends where its constraint does; leave it unset"
+            )

@@ -146,6 +146,16 @@ def test_more_samples_than_run_at_once_are_refused(runtime: Runtime, base: Base)
         Asking(runtime.engine, base.folder).ask(BASE, [5], SamplingParams(n=17))
 
 
+@pytest.mark.parametrize("field", ["ignore_eos", "min_new_tokens"])
+def test_a_constraint_alone_says_where_its_text_ends(runtime: Runtime, field: str) -> None:
+    params = SamplingParams(temperature=0.0, **{field: 1 if field == "min_new_tokens" else True})  # type: ignore[arg-type]
+    generation = Generation(params.seeded(), lambda: BrokenText(9), new_mask=never)  # type: ignore[arg-type]
+    prompt = (TokenSequence((5, 6), None),)
+    future = runtime.engine.submit(Request("both", BASE, Task.GENERATE, prompt, generation=generation))
+    with pytest.raises(InvalidRequest, match=field):
+        future.result(30)
+
+
 def test_a_tenant_with_little_to_ask_begins_while_another_fills_every_place(runtime: Runtime, base: Base) -> None:
     asking = Asking(runtime.engine, base.folder)
     many = [asking.submit(BASE, [[5, 6, n % 90 + 1]], LONG, tenant="many")[1] for n in range(60)]
@@ -168,3 +178,33 @@ def test_an_adapter_that_is_unloaded_ends_its_texts_first_and_holds_up_no_other(
     assert len(samples_of(running.result(60))[0].tokens) == 60
     unloaded.result(60)
     assert len(samples_of(queued.result(60))[0].tokens) == 60, "it was loaded again for those who waited"
+
+
+def test_an_adapter_that_waits_for_room_gets_its_turn_while_another_is_asked_without_end(
+    runtime: Runtime, base: Base, adapter: Path, tmp_path: Path
+) -> None:
+    other = make_generator(base.folder, tmp_path / "b", seed=2, r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    size = runtime.engine.catalogue.get(adapter_id("a")).resident_bytes
+    settings = RuntimeSettings(num_threads=1, token_budget=32, kv_bytes=256 << 10, arena_bytes=int(1.5 * size))
+    with Runtime(base.folder, settings) as small:
+        small.load(adapter, name="a")
+        small.engine.register(adapter_id("b"), other).result(30)
+        asking, stop = Asking(small.engine, base.folder), threading.Event()
+
+        def ask_on() -> None:
+            while not stop.is_set():
+                asking.ask(adapter_id("a"), [5, 6], LONG)
+
+        clients = [threading.Thread(target=ask_on) for _ in range(3)]
+        for client in clients:
+            client.start()
+        try:
+            time.sleep(0.3)
+            assert (
+                len(asking.ask(adapter_id("b"), [7, 8], SamplingParams(temperature=0.0, max_new_tokens=3)).tokens) == 3
+            )
+        finally:
+            stop.set()
+            for client in clients:
+                client.join()
+        assert_given_back(small)
