@@ -41,5 +41,5 @@ def _check_generation(
     for name in ("ignore_eos", "min_new_tokens"):
         if generation.new_mask is not None and getattr(generation.params, name):
             raise InvalidRequest(
-                f"sampling.{name}", "a constrained text ends where its constraint does; leave it unset"
+                f"sampling.{name}", "is set, by the request or the adapter, and a constraint says where its text ends"
             )

@@ -73,7 +73,7 @@ class Continuation:
 
     def take(self, token: SampledToken) -> Delta:
         """Go on by one token; sets `result` when it is the last. What it adds to the text."""
-        if token.token_id is None:  # only a mask that allows nothing leads here: logits are checked before
+        if token.token_id is None:  # the mask allows nothing: logits that are not finite fail the request
             return self._end(FinishReason.ERROR, ())
         self._drawn.append(token)
         reason = finish_after(self._generation.params, token.token_id, len(self._drawn), self._generation.eos_token_ids)
@@ -96,7 +96,7 @@ class Continuation:
             piece += found
             if stop is None:
                 piece += self._stops.flush()
-            elif reason is FinishReason.LENGTH:
+            else:  # the last token's bytes completed it
                 reason = FinishReason.STOP_STRING
         delta = self._delta(piece, tokens)
         self.result = Sample("".join(self._pieces), tuple(self._drawn), reason, stop)

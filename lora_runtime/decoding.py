@@ -5,7 +5,8 @@ every step. When a running one needs a block and there is none, the youngest giv
 it generated, to be computed again: the oldest always goes on, so everything ends. A prompt begins only where blocks
 are left for those that run.
 
-A tenant that holds more than its share of the places, or of the blocks, gives way to one that holds less and waits.
+A tenant that holds more than its share of the places, or of the blocks, gives way to one that holds less and waits:
+its youngest sequences do, its oldest goes on.
 
 The blocks of a prefix are shared by sequences of one tenant and one content of an adapter, told by its digest; of an
 aLoRA those before its invocation are the base's. Tenants share none, or one could find out by the time that an answer
@@ -15,7 +16,7 @@ takes what another has asked.
 from __future__ import annotations
 
 from bisect import insort
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -58,6 +59,16 @@ class _Begun:
     num_reserved: int = 0  # places of the other samples, which part from it at the end of the prompt
 
 
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """What tenants share: places or blocks."""
+
+    total: int
+    wanted: int  # by the one that waits
+    size: Callable[[Continuation], int]  # what a sequence that began holds of it
+    is_enough: Callable[[], bool]
+
+
 class Decoding:
     """Owned by the engine's thread."""
 
@@ -73,7 +84,7 @@ class Decoding:
         self._running: list[Continuation] = []  # by order
         self._begun: dict[Continuation, _Begun] = {}  # that have not ended
         self._num_salts = 0
-        self._refused: Ticket | None = None  # the last that found no room; it may be made before the next step
+        self._refused: Ticket | None = None  # that found no room in the last step; it may be made before the next
         self._broken: list[tuple[Ticket, BaseException]] = []
 
     def stats(self) -> GenerationStats:
@@ -117,7 +128,7 @@ class Decoding:
         assert generation is not None and ticket.num_fresh
         prompt = ticket.request.sequences[ticket.next_sequence].input_ids
         if not self._has_place(generation.params.n):
-            self._refused = ticket
+            self._refuse(ticket)
             return None
         resident = self._holding.acquire(ticket.adapter)
         try:
@@ -218,25 +229,45 @@ class Decoding:
         requeue(ticket, len(one.tokens) - num_queued)
 
     def _make_room(self, requeue: Requeue) -> None:
-        """For the ticket that found none, where other tenants hold more than their share: their youngest give way."""
+        """For the ticket that found none, where other tenants hold more than their share of what it lacks."""
         ticket, self._refused = self._refused, None
         if ticket is None or ticket.done:
             return
-        held = Counter(self._begun[one].ticket.tenant for one in self._holders())
-        share = self.max_sequences / len({*held, ticket.tenant})
-        num_wanted = 1 if ticket.pending else ticket.request.num_samples
-        if held[ticket.tenant] + num_wanted > share:
-            return
-        tokens = (
-            ticket.pending[0].tokens if ticket.pending else ticket.request.sequences[ticket.next_sequence].input_ids
+        if ticket.pending:
+            num_places, num_tokens = 1, len(ticket.pending[0].tokens)
+        else:
+            num_places = ticket.request.num_samples
+            num_tokens = ticket.request.sequences[ticket.next_sequence].num_tokens
+        places = _Share(self.max_sequences, num_places, lambda _: 1, lambda: self._has_place(num_places))
+        blocks = _Share(
+            self.pool.num_blocks,
+            self.pool.num_blocks_for(num_tokens),
+            lambda one: 0 if one.table is None else len(one.table.blocks),
+            lambda: self.pool.has_blocks(num_tokens, self._spare),
         )
-        while not self._has_place(num_wanted) or not self.pool.has_blocks(len(tokens), self._spare):
-            tenant, count = max(held.items(), key=lambda item: item[1], default=("", 0))
-            if tenant == ticket.tenant or count <= max(share, 1):
+        for share in (places, blocks):
+            self._give_way(ticket.tenant, share, requeue)
+
+    def _give_way(self, tenant: str, share: _Share, requeue: Requeue) -> None:
+        """Preempt the youngest of those tenants that hold most, until there is enough for one that holds little.
+
+        The oldest of each goes on: a tenant with one long text is waited for.
+        """
+        of_tenant: dict[str, list[Continuation]] = {tenant: []}
+        for one in sorted(self._holders(), key=_order):
+            of_tenant.setdefault(self._begun[one].ticket.tenant, []).append(one)
+        held = {name: sum(map(share.size, own)) for name, own in of_tenant.items()}
+        fair = share.total / len(held)
+        if held[tenant] + share.wanted > fair:
+            return
+        while not share.is_enough():
+            able = [name for name, own in of_tenant.items() if name != tenant and len(own) > 1 and held[name] > fair]
+            if not able:
                 return
-            own = (one for one in self._holders() if self._begun[one].ticket.tenant == tenant)
-            self._preempt(max(own, key=_order), requeue)
-            held[tenant] -= 1
+            most = max(able, key=held.__getitem__)
+            youngest = of_tenant[most].pop()
+            held[most] -= share.size(youngest)
+            self._preempt(youngest, requeue)
 
     def _holders(self) -> list[Continuation]:
         return [one for one in self._begun if one.table is not None]
@@ -261,11 +292,15 @@ class Decoding:
 
     def _allocate(self, ticket: Ticket, one: Continuation, namespace: Namespace, *, num_places: int) -> bool:
         if not self._has_place(num_places) or not self.pool.can_allocate(namespace, one.tokens, self._spare):
-            self._refused = ticket
+            self._refuse(ticket)
             return False
         one.table = self.pool.allocate(namespace, one.tokens)
         one.num_scheduled = one.table.num_computed
         return True
+
+    def _refuse(self, ticket: Ticket) -> None:
+        """Note who finds no room; of a step's the first, whose turn it was before the others'."""
+        self._refused = self._refused or ticket
 
     def _namespace(self, ticket: Ticket, resident: Resident, num_inactive: int) -> Namespace:
         owner = ticket.tenant

@@ -272,7 +272,7 @@ class Engine(AdapterCalls):
         assert self._decoding is not None
         request = item.ticket.request
         drawn = list(zip(item.branches, tokens, strict=True))
-        if any(token.token_id is None and branch.row.mask is None for branch, token in drawn):
+        if not all(token.is_finite for token in tokens):
             self._fail(item.ticket, AnswerNotFinite(str(request.adapter), request.input_index(item.index)))
             return
         self._decoding.computed(item, now)

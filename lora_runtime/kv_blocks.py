@@ -112,16 +112,11 @@ class BlockTable:
         self.blocks: list[int] = []
         self.keys: list[bytes] = []  # of its full computed blocks
         self.num_computed = 0  # tokens whose keys and values are stored
-        self.num_cached = 0  # of these, found in the cache when it was allocated
 
     def slot(self, position: int) -> int:
         """Where token `position` lies: block · block_tokens + offset."""
         block, offset = divmod(position, self.block_tokens)
         return self.blocks[block] * self.block_tokens + offset
-
-    def slots(self, start: int, end: int) -> list[int]:
-        """The slots of tokens `start` to `end - 1`."""
-        return [self.slot(position) for position in range(start, end)]
 
 
 class BlockPool:
@@ -171,9 +166,13 @@ class BlockPool:
         """Sequences that hold blocks."""
         return len(self._tables)
 
+    def num_blocks_for(self, num_tokens: int) -> int:
+        """Blocks that so many tokens of one sequence take."""
+        return -(-num_tokens // self.block_tokens)
+
     def has_blocks(self, num_tokens: int, spare: int = 0) -> bool:
         """Whether so many tokens find room beside those that sequences hold, none of which they share."""
-        return self._num_blocks(num_tokens) + spare <= len(self._free) + len(self._unused)
+        return self.num_blocks_for(num_tokens) + spare <= len(self._free) + len(self._unused)
 
     def can_allocate(self, namespace: Namespace, tokens: Sequence[int], spare: int = 0) -> bool:
         """Whether `allocate` would succeed now and leave `spare` blocks."""
@@ -188,14 +187,14 @@ class BlockPool:
         assert tokens, "a sequence has at least one token"
         matched, num_matched = self.match_prefix(namespace, tokens)
         if not self._can_take(matched, len(tokens)):
-            raise self._exceeded(self._num_blocks(len(tokens)) - len(matched))
+            raise self._exceeded(self.num_blocks_for(len(tokens)) - len(matched))
         table = BlockTable(namespace, tokens, self.block_tokens)
         for block in matched:
             self._hold(block)
         table.blocks.extend(matched)
         table.keys.extend(self._key_of[block] for block in matched)
-        table.num_computed = table.num_cached = num_matched
-        while len(table.blocks) < self._num_blocks(len(tokens)):
+        table.num_computed = num_matched
+        while len(table.blocks) < self.num_blocks_for(len(tokens)):
             self._grow(table)
         self._queried_tokens += len(tokens)
         self._hit_tokens += num_matched
@@ -232,7 +231,7 @@ class BlockPool:
         twin = BlockTable(table.namespace, table.tokens, self.block_tokens)
         twin.blocks.extend(table.blocks)
         twin.keys.extend(table.keys)
-        twin.num_computed, twin.num_cached = table.num_computed, table.num_cached
+        twin.num_computed = table.num_computed
         for block in twin.blocks:
             self._hold(block)
         self._tables[id(twin)] = twin
@@ -273,7 +272,7 @@ class BlockPool:
             counts[block] += 1
         assert counts == self._refs, "reference counts differ from the tables"
         for table in self._tables.values():
-            assert len(table.blocks) == self._num_blocks(len(table.tokens)), "a table has blocks too many or too few"
+            assert len(table.blocks) == self.num_blocks_for(len(table.tokens)), "a table has blocks too many or too few"
             assert len(set(table.blocks)) == len(table.blocks), "a block is twice in one table"
         self._check_keys()
 
@@ -282,9 +281,6 @@ class BlockPool:
         assert not self._free.keys() & self._key_of.keys(), "a free block has a key"
         assert {block: key for key, block in self._block_of.items()} == self._key_of, "keys and blocks differ"
         assert len(self._block_of) == len(self._key_of), "a block has two keys"
-
-    def _num_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_tokens)
 
     def _keys(
         self, namespace: Namespace, tokens: Sequence[int], num_blocks: int, known: Sequence[bytes] = ()
@@ -300,7 +296,7 @@ class BlockPool:
 
     def _can_take(self, matched: Sequence[int], num_tokens: int, spare: int = 0) -> bool:
         num_unused = len(self._unused) - sum(self._refs[block] == 0 for block in matched)
-        return self._num_blocks(num_tokens) - len(matched) + spare <= len(self._free) + num_unused
+        return self.num_blocks_for(num_tokens) - len(matched) + spare <= len(self._free) + num_unused
 
     def _needs_block(self, table: BlockTable) -> bool:
         return len(table.tokens) % self.block_tokens == 0 or self._refs[table.blocks[-1]] > 1

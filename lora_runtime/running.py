@@ -26,8 +26,7 @@ def run_planned(runner: Runner, planned: Planned) -> list[Outcome]:
         logger.exception("blocks of the KV cache could not be copied")
         return [_failed(error)] * len(rows)
     outcomes = _run_rows(runner, rows)
-    places_of = planned.places_of_tickets()
-    if len(places_of) > 1 and isinstance(outcomes[0], MultiloraError):
+    if isinstance(outcomes[0], MultiloraError) and len(places_of := planned.places_of_tickets()) > 1:
         for places in places_of.values():
             for place, outcome in zip(places, _run_rows(runner, [rows[i] for i in places]), strict=True):
                 outcomes[place] = outcome

@@ -150,6 +150,8 @@ class PackedRunner:
 def _last_token(row: Row) -> Row:
     """The row's last token alone, where the sequence goes on."""
     assert row.cached is not None
+    if row.sequence.num_tokens == 1:
+        return row
     start = row.cached.start + row.sequence.num_tokens - 1
     last = TokenSequence(row.sequence.input_ids[-1:], None)
     return replace(row, sequence=last, cached=replace(row.cached, start=start))

@@ -34,19 +34,21 @@ class Sampler:
         if any(changes_logits(row) for row in rows):
             processed = logits.clone()
             process_logits(processed, rows)
-        tokens, is_fine = _draw(processed, rows)
-        drawn = torch.where(is_fine & (logits.amax(-1) < torch.inf), tokens, -1)
+        is_finite = logits.amax(-1).isfinite()  # NaN counts as the best
+        is_fine = is_finite if processed is logits else processed.amax(-1).isfinite()
+        tokens = _draw(processed, rows)
+        drawn = torch.where(is_fine & is_finite, tokens, -1)
         token_ids = [token if token >= 0 else None for token in drawn.tolist()]
-        results = [SampledToken(token) for token in token_ids]
+        finite = is_finite.tolist()
+        results = [SampledToken(token, is_finite=fine) for token, fine in zip(token_ids, finite, strict=True)]
         told = [k for k, row in enumerate(rows) if row.params.logprobs is not None and token_ids[k] is not None]
         if told:
             _tell_logprobs(results, told, logits[torch.tensor(told, device=logits.device)], rows)
         return results
 
 
-def _draw(logits: Tensor, rows: Sequence[RowState]) -> tuple[Tensor, Tensor]:
-    """Tokens, and whether each row's best logit is finite. NaN counts as the best."""
-    is_fine = logits.amax(-1).isfinite()
+def _draw(logits: Tensor, rows: Sequence[RowState]) -> Tensor:
+    """A token of each row, undefined where its best logit is not finite."""
     parts = [
         [k for k, row in enumerate(rows) if row.params.is_greedy],
         [k for k, row in enumerate(rows) if not row.params.is_greedy and row.params.truncates],
@@ -58,7 +60,7 @@ def _draw(logits: Tensor, rows: Sequence[RowState]) -> tuple[Tensor, Tensor]:
             index = torch.tensor(part, device=logits.device)
             own = logits if len(part) == len(rows) else logits[index]
             tokens[index] = draw(own, [rows[k] for k in part])
-    return tokens, is_fine
+    return tokens
 
 
 def _greedy(logits: Tensor, _: Sequence[RowState]) -> Tensor:

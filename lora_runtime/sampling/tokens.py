@@ -19,6 +19,7 @@ class SampledToken(NamedTuple):
     (vLLM's default `logprobs_mode`, `raw_logprobs`). They are there when `params.logprobs` is not None.
     """
 
-    token_id: int | None  # None: the row's logits are NaN or infinite, or its mask allows no token
+    token_id: int | None  # None: the row's logits are not finite, or its mask allows no token
     logprob: float | None = None  # of the drawn token
     top_logprobs: tuple[TokenLogprob, ...] = ()  # the model's `params.logprobs` best, best first, then by id
+    is_finite: bool = True  # False: the row's best logit is NaN or infinite, whatever its mask allows

@@ -208,3 +208,21 @@ def test_an_adapter_that_waits_for_room_gets_its_turn_while_another_is_asked_wit
             for client in clients:
                 client.join()
         assert_given_back(small)
+
+
+def test_a_tenant_with_little_to_ask_begins_while_anothers_long_texts_fill_the_cache(base: Base) -> None:
+    """Long enough for a few to fill it: it is blocks that are shared out, not places."""
+    settings = RuntimeSettings(num_threads=1, token_budget=32, kv_bytes=64 << 10, kv_block_tokens=8)
+    with Runtime(base.folder, settings) as runtime:
+        asking = Asking(runtime.engine, base.folder)
+        params = SamplingParams(temperature=0.0, max_new_tokens=50, ignore_eos=True)
+        names, many = zip(
+            *(asking.submit(BASE, [[n + 1, *range(5, 44)]], params, tenant="many") for n in range(8)), strict=True
+        )
+        while len(asking.deltas[names[0]]) < 30:
+            time.sleep(0.001)
+        few = asking.submit(BASE, [range(30, 86)], SamplingParams(temperature=0.0, max_new_tokens=2), tenant="few")[1]
+        few.result(60)
+        assert not any(future.done() for future in many), "it waited for one of the other tenant's"
+        assert all(len(samples_of(future.result(120))[0].tokens) == 50 for future in many)
+        assert_given_back(runtime)
