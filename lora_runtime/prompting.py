@@ -42,7 +42,7 @@ class Asked:
             self.on_delta,
             limit,
         )
-        sequences = text.encode_prompts(prompts, max_length=limit, max_new_tokens=params.max_new_tokens)
+        sequences = text.encode_prompts(prompts, max_length=limit)
         return Request(name, info.id, Task.GENERATE, sequences, generation=generation)
 
 

@@ -120,9 +120,7 @@ class TextGeneration(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
-    def encode_prompts(
-        self, prompts: Sequence[str | Chat], *, max_length: int | None, max_new_tokens: int
-    ) -> tuple[TokenSequence, ...]:
+    def encode_prompts(self, prompts: Sequence[str | Chat], *, max_length: int | None) -> tuple[TokenSequence, ...]:
         """Raises InvalidRequest (TextTooLong) on `inputs[i].text`, or `inputs[i].messages` of a conversation."""
         ...
 

@@ -25,12 +25,11 @@ class SequenceLinear(nn.Module):
         self._name = name
         self._base = base if from_base else None
         self._site: tuple[Site, SiteGroup] | None = None
-        self._prepacked: tuple[Callable[[torch.Tensor], torch.Tensor], int] | None = None
+        self._prepacked: Callable[[torch.Tensor], torch.Tensor] | None = None  # what the base's layer does, faster
 
-    def prepack(self, make: Callable[[nn.Module], Callable[[torch.Tensor], torch.Tensor] | None], few: int) -> None:
-        """Have a base's layer multiply more rows than `few` by what `make` gives for it, where it gives something."""
-        product = None if self._base is None else make(self._base)
-        self._prepacked = None if product is None else (product, few)
+    def prepack(self, make: Callable[[nn.Module], Callable[[torch.Tensor], torch.Tensor] | None]) -> None:
+        """Have a base's layer multiply by what `make` gives for it, where it gives something."""
+        self._prepacked = None if self._base is None else make(self._base)
 
     def set_site(self, site: Site, group: SiteGroup) -> None:
         """Make the layer adaptable by LoRA."""
@@ -80,10 +79,7 @@ class SequenceLinear(nn.Module):
         """What the base answers, at least `width` wide."""
         if self._base is None:
             return x.new_zeros(*x.shape[:-1], width)
-        if self._prepacked is not None and x.shape[:-1].numel() > self._prepacked[1]:
-            y = self._prepacked[0](x)
-        else:
-            y = self._base(x)
+        y = self._base(x) if self._prepacked is None else self._prepacked(x)
         return F.pad(y, (0, width - y.shape[-1])) if width > y.shape[-1] else y
 
     def _adapt(self, x: torch.Tensor, y: torch.Tensor, site: Site, group: SiteGroup) -> None:

@@ -78,11 +78,9 @@ class TaskHead:
             if site.per_sequence and site.name in self._layers:
                 self._layers[site.name].set_site(site, groups[site.group])
 
-    def prepack_output(
-        self, make: Callable[[nn.Module], Callable[[torch.Tensor], torch.Tensor] | None], few: int
-    ) -> None:
-        """Have the output layer multiply more rows than `few` by what `make` gives for it (see SequenceLinear)."""
-        self._output.prepack(make, few)
+    def prepack_output(self, make: Callable[[nn.Module], Callable[[torch.Tensor], torch.Tensor] | None]) -> None:
+        """Have the output layer multiply by what `make` gives for it (see SequenceLinear)."""
+        self._output.prepack(make)
 
     @property
     def module(self) -> nn.Module:

@@ -28,7 +28,7 @@ from lora_runtime.model.fuse import fuse_linears, unfuse_linears
 from lora_runtime.model.inject import make_leaves, make_sites, shared_modules, wrap_leaves
 from lora_runtime.model.observe import PROBE_BATCH, PROBE_TOKENS, Observed, observe
 from lora_runtime.model.placement import Placement, place_modules, resolve_placement
-from lora_runtime.model.prepack import FEW_ROWS, prepack_linears, prepack_output
+from lora_runtime.model.prepack import prepack_linears, prepack_output
 from lora_runtime.model.probe import (
     SeparateOutputs,
     check_moved,
@@ -108,7 +108,7 @@ def _load(source: Source, prepack: bool, quantization: Quantization, placement: 
     if prepack and quantization is Quantization.NONE:
         num_bytes = _prepack(looked.backbone)
         if (generating := heads.get(Task.GENERATE)) is not None:
-            generating.prepack_output(prepack_output, FEW_ROWS)
+            generating.prepack_output(prepack_output)
         logger.info("base %s: %.0f MiB of reordered copies of its projections", name, num_bytes / (1 << 20))
     pack = not any(looked.observed[path].kind is LeafKind.LINEAR for path in shared_modules(looked.observed))
     backbone = prove_backbone(looked.backbone, looked.config, groups, looked.expected, name, pack=pack)

@@ -5,7 +5,7 @@ Measured on AVX2 with 2 threads in fp32, from 384 x 384 to 768 x 3072: 1.1 to 1.
 uses for frozen weights.
 
 With AVX-512 and 2 threads, the projections of a 135M decoder took 1.3 times as long as plain ones with 1 or 2 rows,
-which therefore stay plain (`FEW_ROWS`), and 0.3 to 0.4 times with 16; so did its output layer of 49,152 tokens.
+which therefore stay plain (`FEW_ROWS`), and 0.3 to 0.45 times with 16; its output layer of 49,152 tokens 0.9 and 0.3.
 
 oneDNN compiles a product for each number of rows that it meets. torch and oneDNN both keep 1,024 of them, some 0.5 MB
 each: here 32, unless the environment says otherwise. A step needs one for each shape of projection.

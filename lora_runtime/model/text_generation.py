@@ -67,19 +67,16 @@ class TextGeneration:
         """Whether conversations can be encoded."""
         return self._chat.template is not None
 
-    def encode_prompts(
-        self, prompts: Sequence[str | Chat], *, max_length: int | None, max_new_tokens: int
-    ) -> tuple[TokenSequence, ...]:
+    def encode_prompts(self, prompts: Sequence[str | Chat], *, max_length: int | None) -> tuple[TokenSequence, ...]:
         """Tokenise prompts; each leaves room for one token at least within `max_length` (None: the base's).
 
         A text gets the special tokens that the tokenizer adds; a special token's name inside it is that token, as the
         tokenizer parses it. A conversation gets those of the chat template alone, and such a name in it is refused.
-        `max_new_tokens` need not fit: generation ends where the context does, see `room`.
+        Generation ends where the context does, see `room`.
 
         On `inputs[i].text`, or `inputs[i].messages` of a conversation, raises TextTooLong when no token fits after the
         prompt, InvalidRequest when it is empty, has a lone surrogate, or the conversation cannot be rendered.
         """
-        assert max_new_tokens >= 1, "SamplingParams refuses it"
         texts = [prompt if isinstance(prompt, str) else None for prompt in prompts]
         chats = {i: prompt for i, prompt in enumerate(prompts) if isinstance(prompt, Chat)}
         rendered = self._chat.render({f"inputs[{i}].messages": chat for i, chat in chats.items()}) if chats else {}

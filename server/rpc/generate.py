@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from lora_runtime.errors import InvalidRequest
 from lora_runtime.generation import Generated
@@ -11,8 +12,9 @@ from server.deltas import Piece
 from server.pb.multilora.v1 import inference_pb2
 from server.rpc.call import Call, Prepared, ReplyT, Target, outputs_of
 from server.rpc.generated import sample_end, sample_message, token_messages, usage
-from server.rpc.prompts import check_prompt, encode, prompt_of
-from server.rpc.sampling import check_constraint, generation, num_samples, sampling_params
+from server.rpc.generating import prepare_prompts
+from server.rpc.prompts import check_prompt, prompt_of
+from server.rpc.sampling import check_constraint, num_samples, sampling_params
 
 
 def part_message(request: inference_pb2.GenerateRequest, piece: Piece) -> inference_pb2.GenerateStreamResponse | None:
@@ -43,14 +45,8 @@ def _prepare(
 ) -> Prepared[ReplyT]:
     params = sampling_params(request.sampling, target)
     prompts = [prompt_of(f"inputs[{index}]", item, target.card) for index, item in enumerate(request.inputs)]
-    text, max_length = target.generation, target.card.max_length
-    sequences = encode(text, prompts, max_length=max_length, max_new_tokens=params.max_new_tokens)
     constraint = request.constraint if request.HasField("constraint") else None
-    return Prepared(
-        sequences,
-        lambda result: respond(request, sequences, result),
-        generation=generation(text, params, sequences, max_length, constraint),
-    )
+    return prepare_prompts(prompts, params, target, partial(respond, request), constraint)
 
 
 def _response(

@@ -74,13 +74,11 @@ def check_fields(spec: PromptSpec, known: Iterable[str], needed: str, method: st
         raise InvalidRequest("adapter", problem)
 
 
-def encode(
-    text: TextGeneration, prompts: Sequence[Prompt], *, max_length: int | None, max_new_tokens: int
-) -> tuple[TokenSequence, ...]:
+def encode(text: TextGeneration, prompts: Sequence[Prompt], *, max_length: int | None) -> tuple[TokenSequence, ...]:
     """The prompts' tokens; raises InvalidRequest on the field that a prompt came in."""
     contents = [prompt.content for prompt in prompts]
     try:
-        return text.encode_prompts(contents, max_length=max_length, max_new_tokens=max_new_tokens)
+        return text.encode_prompts(contents, max_length=max_length)
     except InvalidRequest as error:
         raise _placed(error, prompts) from error
 

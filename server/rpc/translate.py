@@ -9,8 +9,9 @@ from lora_runtime.types import AdapterCard, Result, Task, TokenSequence
 from server.pb.multilora.v1 import inference_pb2
 from server.rpc.call import Call, Prepared, Target, outputs_of
 from server.rpc.generated import FINISH_REASONS, usage
-from server.rpc.prompts import Prompt, check_fields, encode, fields_of, filled, templated
-from server.rpc.sampling import GREEDY, check_one_sample, generation, sampling_params
+from server.rpc.generating import prepare_prompts
+from server.rpc.prompts import Prompt, check_fields, fields_of, filled, templated
+from server.rpc.sampling import GREEDY, check_one_sample, sampling_params
 
 _LANGUAGES = ("source_language", "target_language")
 
@@ -24,14 +25,7 @@ def _check(request: inference_pb2.TranslateRequest) -> None:
 
 def _prepare(request: inference_pb2.TranslateRequest, target: Target) -> Prepared[inference_pb2.TranslateResponse]:
     params = sampling_params(request.sampling, target, GREEDY)
-    prompts = _prompts(request, target.card)
-    text, max_length = target.generation, target.card.max_length
-    sequences = encode(text, prompts, max_length=max_length, max_new_tokens=params.max_new_tokens)
-    return Prepared(
-        sequences,
-        lambda result: _response(sequences, result),
-        generation=generation(text, params, sequences, max_length),
-    )
+    return prepare_prompts(_prompts(request, target.card), params, target, _response)
 
 
 def _prompts(request: inference_pb2.TranslateRequest, card: AdapterCard) -> list[Prompt]:

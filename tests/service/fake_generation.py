@@ -48,10 +48,7 @@ class FakeTextGeneration:
     eos_token_ids = frozenset({EOS})
     vocab_size = 0x110000
 
-    def encode_prompts(
-        self, prompts: Sequence[str | Chat], *, max_length: int | None, max_new_tokens: int
-    ) -> tuple[TokenSequence, ...]:
-        assert max_new_tokens >= 1
+    def encode_prompts(self, prompts: Sequence[str | Chat], *, max_length: int | None) -> tuple[TokenSequence, ...]:
         return tuple(self._encode(index, prompt, self._limit(max_length)) for index, prompt in enumerate(prompts))
 
     def room(self, sequence: TokenSequence, max_length: int | None = None) -> int:

@@ -75,7 +75,7 @@ def chat(*turns: tuple[str, str]) -> Chat:
 
 
 def encode(generation: TextGeneration, *prompts: str | Chat, max_length: int | None = None) -> list[tuple[int, ...]]:
-    sequences = generation.encode_prompts(prompts, max_length=max_length, max_new_tokens=8)
+    sequences = generation.encode_prompts(prompts, max_length=max_length)
     return [sequence.input_ids for sequence in sequences]
 
 
@@ -145,7 +145,7 @@ def test_prompts_leave_room_for_a_token() -> None:
     generation = generation_of(max_length=32)
     fits = "a" * 30  # a BOS, and bytes or merges: below the limit or not, as counted here
     num_tokens = len(encode(generation_of(max_length=500), fits)[0])
-    sequence = generation.encode_prompts(["Who"], max_length=None, max_new_tokens=1000)[0]
+    sequence = generation.encode_prompts(["Who"], max_length=None)[0]
     assert generation.room(sequence) == 32 - sequence.num_tokens
     assert generation.room(sequence, 8) == 8 - sequence.num_tokens
     assert encode(generation_of(max_length=500), fits, max_length=num_tokens + 1)
