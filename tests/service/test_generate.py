@@ -10,6 +10,7 @@ import grpc
 import pytest
 
 from lora_runtime.sampling.constrained import ConstraintKind
+from lora_runtime.sampling.params import SamplingParams
 from server.pb.multilora.v1 import inference_pb2 as pb
 from tests.service.fake_generation import CONTEXT, EOS, LOGPROB
 from tests.service.fake_runtime import DIGEST, write_adapter
@@ -129,24 +130,24 @@ async def test_fields_are_put_into_the_adapters_template(server: Harness) -> Non
 async def test_what_is_not_asked_is_as_the_adapter_says(server: Harness) -> None:
     reply = await server.inference.Generate(fields_request("talker", topic="hi"))
     assert [sample.text for sample in reply.results[0].samples] == ["sys"]  # system:brief…, 3 tokens
-    params = server.engine.seen[-1].generation.params  # type: ignore
+    params = asked(server)[-1]
     assert (params.temperature, params.top_p) == (0.5, 1.0)
     request = fields_request("talker", topic="hi")
     request.sampling.max_new_tokens, request.sampling.temperature = 2, 0.0
     assert [sample.text for sample in (await server.inference.Generate(request)).results[0].samples] == ["sy"]
-    assert server.engine.seen[-1].generation.params.is_greedy  # type: ignore
+    assert asked(server)[-1].is_greedy
 
 
 async def test_an_adapters_defaults_keep_the_servers_limit(server: Harness) -> None:
     await server.inference.Generate(generate_request("greedy", "abc"))
     await server.inference.Generate(generate_request("plain", "abc"))
-    assert [request.generation.params.max_new_tokens for request in server.engine.seen] == [40, 40]  # type: ignore
+    assert [params.max_new_tokens for params in asked(server)] == [40, 40]
 
 
 async def test_a_seed_is_drawn_for_who_gives_none(server: Harness) -> None:
     for sampling in ({}, {"seed": 7}):
         await server.inference.Generate(generate_request("plain", "abc", sampling=sampling))
-    drawn, given = (request.generation.params.seed for request in server.engine.seen)  # type: ignore
+    drawn, given = (params.seed for params in asked(server))
     assert drawn is not None
     assert given == 7
 
@@ -273,10 +274,10 @@ async def test_texts_are_translated_greedily(server: Harness) -> None:
     assert reply.results[0].num_tokens == 9
     plain = await server.inference.Translate(translate_request("plain", "ja", sampling={"max_new_tokens": 1}))
     assert [(result.text, result.finish_reason) for result in plain.results] == [("j", pb.FINISH_REASON_LENGTH)]
-    assert all(request.generation.params.is_greedy for request in server.engine.seen)  # type: ignore
+    assert all(params.is_greedy for params in asked(server))
     warm = translate_request("plain", "ja", sampling={"temperature": 0.7})
     await server.inference.Translate(warm)
-    assert server.engine.seen[-1].generation.params.temperature == 0.7  # type: ignore
+    assert asked(server)[-1].temperature == 0.7
 
 
 async def test_answers_are_written_by_adapters_that_generate(server: Harness) -> None:
@@ -290,7 +291,7 @@ async def test_answers_are_written_by_adapters_that_generate(server: Harness) ->
     assert [(answer.start, answer.end, answer.score) for (answer,) in answers] == [(0, 0, 0.0)] * 2
     assert [(result.num_tokens, result.num_windows) for result in reply.results] == [(11, 1), (11, 1)]
     assert reply.usage.generated_tokens == 18
-    assert all(request.generation.params.is_greedy for request in server.engine.seen)  # type: ignore
+    assert all(params.is_greedy for params in asked(server))
 
 
 async def test_only_adapters_that_generate_do(server: Harness) -> None:
@@ -321,3 +322,8 @@ async def test_what_is_generated_is_counted(server: Harness) -> None:
     assert await server.sample(finished.format("eos")) == 2
     assert await server.sample(finished.format("length")) == 1
     assert await server.sample("multilora_open_streams") == 0
+
+
+def asked(server: Harness) -> list[SamplingParams]:
+    """The sampling of each request that the engine got."""
+    return [request.generation.params for request in server.engine.seen if request.generation is not None]

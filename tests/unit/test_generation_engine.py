@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -68,7 +69,7 @@ class BrokenText:
         return ""
 
 
-def never() -> BrokenText:
+def never() -> NoReturn:
     raise Panic("no")
 
 
@@ -84,11 +85,10 @@ def test_a_text_that_breaks_fails_its_request_alone(runtime: Runtime, base: Base
     generation = Generation(
         LONG.seeded(),
         never if how == "start" else lambda: BrokenText(2 if how == "token" else 99),
-        new_mask=(lambda: never()) if how == "mask" else None,  # type: ignore[arg-type]
         on_delta=on_delta,
     )
     if how == "mask":
-        generation = Generation(SamplingParams(temperature=0.0).seeded(), lambda: BrokenText(9), new_mask=never)  # type: ignore
+        generation = Generation(SamplingParams(temperature=0.0).seeded(), lambda: BrokenText(9), new_mask=never)
     prompts = (TokenSequence((5, 6), None), TokenSequence((7, 8, 9), None))
     future = runtime.engine.submit(Request("broken", adapter_id("a"), Task.GENERATE, prompts, generation=generation))
     with pytest.raises(MultiloraError, match="generation failed: Panic"):
@@ -146,10 +146,12 @@ def test_more_samples_than_run_at_once_are_refused(runtime: Runtime, base: Base)
         Asking(runtime.engine, base.folder).ask(BASE, [5], SamplingParams(n=17))
 
 
-@pytest.mark.parametrize("field", ["ignore_eos", "min_new_tokens"])
-def test_a_constraint_alone_says_where_its_text_ends(runtime: Runtime, field: str) -> None:
-    params = SamplingParams(temperature=0.0, **{field: 1 if field == "min_new_tokens" else True})  # type: ignore[arg-type]
-    generation = Generation(params.seeded(), lambda: BrokenText(9), new_mask=never)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("field", "params"),
+    [("ignore_eos", SamplingParams(ignore_eos=True)), ("min_new_tokens", SamplingParams(min_new_tokens=1))],
+)
+def test_a_constraint_alone_says_where_its_text_ends(runtime: Runtime, field: str, params: SamplingParams) -> None:
+    generation = Generation(params.seeded(), lambda: BrokenText(9), new_mask=never)
     prompt = (TokenSequence((5, 6), None),)
     future = runtime.engine.submit(Request("both", BASE, Task.GENERATE, prompt, generation=generation))
     with pytest.raises(InvalidRequest, match=field):
