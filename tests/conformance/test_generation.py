@@ -126,11 +126,17 @@ def check_texts(
             asked.append(asking.submit(BASE if owner is None else adapter_id(owner), [prompt]))
             time.sleep(0.01 if n % 4 == 0 else 0)
         results = [future.result(300) for _, future in asked]
+        before = runtime.engine.generation_stats()
+        for _ in range(2):  # once more each after the other, so that the second finds the first one's blocks
+            asked.append(asking.submit(BASE if owners[0] is None else adapter_id(owners[0]), [prompts[0]]))
+            results.append(asked[-1][1].result(300))
         stats = runtime.engine.generation_stats()
         runtime.engine.check_integrity()
-    assert stats is not None and stats.num_preempted > 0, "nothing was preempted, so nothing is shown of it"
-    assert stats.num_begun == 0 and stats.blocks.num_used == 0
-    assert stats.blocks.hit_tokens > 0 or not settings.prefix_cache
+    assert before is not None and before.num_preempted > 0, "nothing was preempted, so nothing is shown of it"
+    assert stats is not None and stats.num_begun == 0 and stats.blocks.num_used == 0
+    hits = stats.blocks.hit_tokens - before.blocks.hit_tokens
+    assert hits > 0 if settings.prefix_cache else hits == 0
+    owners, prompts = [*owners, owners[0], owners[0]], [*prompts, prompts[0], prompts[0]]
     for owner, prompt, result, (name, _) in zip(owners, prompts, results, asked, strict=True):
         (sample,) = samples_of(result)
         want = world.want(owner, prompt)
