@@ -10,13 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel
-from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save
 
 from lora_runtime.adapters.digests import file_digests
 from lora_runtime.adapters.metadata import AdapterMetadata
 from lora_runtime.errors import InvalidRequest
+from lora_runtime.train.lora import Adapter
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -71,22 +70,20 @@ def _publish(staging: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_adapter(folder: Path, model: PeftModel, metadata: AdapterMetadata) -> None:
+def write_adapter(folder: Path, adapter: Adapter, metadata: AdapterMetadata) -> None:
     """Write the three files of an adapter; the digests of the first two are added to `metadata`.
 
     The base's name in adapter_config.json is that of `metadata`: a hint, never a path of this machine.
     """
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     # save() and write_bytes(), since save_file() leaves a file that only its owner may read
-    (folder / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
-    config = _config_json(model.peft_config["default"], metadata.base_model_name)
+    (folder / WEIGHTS_FILE).write_bytes(save(adapter.tensors(), metadata={"format": "pt"}))
+    config = _config_json(adapter.config(), metadata.base_model_name)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     digests = file_digests(folder, (CONFIG_FILE, WEIGHTS_FILE))
     metadata.model_copy(update={"digests": digests}).write(folder)
 
 
-def _config_json(config: PeftConfig, base_name: str | None) -> dict[str, Any]:
+def _config_json(config: dict[str, Any], base_name: str | None) -> dict[str, Any]:
     """PEFT's own dictionary, in an order that does not change from run to run."""
-    values = {**config.to_dict(), "base_model_name_or_path": base_name, "inference_mode": True}
+    values = {**config, "base_model_name_or_path": base_name, "inference_mode": True}
     return {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(values.items())}
