@@ -16,7 +16,9 @@ from lora_runtime.adapters.metadata import AdapterMetadata
 from lora_runtime.errors import InvalidRequest
 from lora_runtime.train.fitting import EncodedRows, encode, fit, num_steps
 from lora_runtime.train.folder import staged_folder, write_adapter
-from lora_runtime.train.metrics import baseline
+from lora_runtime.train.metrics.classes import baseline
+from lora_runtime.train.rows.classify import ClassifyRow, load_classify_rows
+from lora_runtime.train.rows.split import TaskRows
 from lora_runtime.train.settings import (
     EpochReport,
     SilentObserver,
@@ -25,7 +27,6 @@ from lora_runtime.train.settings import (
     TrainReport,
     TrainSettings,
 )
-from lora_runtime.train.split import TrainingRows, load_rows
 from lora_runtime.train.task_model import (
     TaskModel,
     add_lora,
@@ -47,7 +48,7 @@ def train_classifier(settings: TrainSettings, observer: TrainObserver | None = N
     started = time.monotonic()
     schema = settings.schema
     with staged_folder(settings.out, overwrite=settings.overwrite) as folder:
-        rows = load_rows(settings.train, settings.valid, schema, settings.valid_share, settings.seed)
+        rows = load_classify_rows(settings.train, settings.valid, schema, settings.valid_share, settings.seed)
         with quiet_transformers(), _reproducible(settings.seed, settings.threads):
             plan, epochs = _train(settings, rows, folder, observer)
     best = [report for report in epochs if report.best][-1]
@@ -55,7 +56,7 @@ def train_classifier(settings: TrainSettings, observer: TrainObserver | None = N
 
 
 def _train(
-    settings: TrainSettings, rows: TrainingRows, folder: Path, observer: TrainObserver
+    settings: TrainSettings, rows: TaskRows[ClassifyRow], folder: Path, observer: TrainObserver
 ) -> tuple[TrainPlan, tuple[EpochReport, ...]]:
     task_model = load_task_model(settings, rows.labels)
     _check_max_length(settings, task_model)
@@ -78,7 +79,7 @@ def _check_max_length(settings: TrainSettings, task_model: TaskModel) -> None:
 
 def _plan(
     settings: TrainSettings,
-    rows: TrainingRows,
+    rows: TaskRows[ClassifyRow],
     train: EncodedRows,
     valid: EncodedRows,
     targets: tuple[str, ...],

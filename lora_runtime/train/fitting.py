@@ -24,8 +24,8 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lora_runtime.errors import InvalidRequest
-from lora_runtime.train.data import Example
-from lora_runtime.train.metrics import SELECTION, Array, score
+from lora_runtime.train.metrics.classes import SELECTION, Array, score
+from lora_runtime.train.rows.classify import ClassifyRow
 from lora_runtime.train.settings import EpochReport, Schedule, TrainObserver, TrainSettings
 from lora_runtime.train.task_model import trainable_state
 from lora_runtime.types import ProblemType
@@ -41,7 +41,7 @@ _LOSS = "eval_loss"
 
 @dataclass(frozen=True, slots=True)
 class EncodedRows:
-    """Tokenised rows for the Trainer, and their targets as `metrics.score` takes them."""
+    """Tokenised rows for the Trainer, and their targets as `metrics.classes.score` takes them."""
 
     features: list[dict[str, Any]]
     targets: Array
@@ -49,7 +49,7 @@ class EncodedRows:
 
 
 def encode(
-    rows: Sequence[Example], labels: Sequence[str], tokenizer: Tokenizer, settings: TrainSettings
+    rows: Sequence[ClassifyRow], labels: Sequence[str], tokenizer: Tokenizer, settings: TrainSettings
 ) -> EncodedRows:
     """Tokenise `rows`, cut to `max_length` tokens, the longer text of a pair first."""
     pairs = [row.text_pair for row in rows if row.text_pair is not None]
@@ -67,7 +67,7 @@ def encode(
     return EncodedRows(features, targets, num_truncated)
 
 
-def _targets(rows: Sequence[Example], labels: Sequence[str], problem_type: ProblemType) -> Array:
+def _targets(rows: Sequence[ClassifyRow], labels: Sequence[str], problem_type: ProblemType) -> Array:
     if problem_type is ProblemType.REGRESSION:
         return np.array([row.value for row in rows], dtype=np.float32)
     index = {name: place for place, name in enumerate(labels)}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from lora_runtime.errors import InvalidRequest
-from lora_runtime.train.data import RowSchema
+from lora_runtime.train.rows.classify import ClassifySchema
 from lora_runtime.types import ProblemType
 
 MIN_MAX_LENGTH = 8  # special tokens of a pair and a few of the texts
@@ -33,7 +33,7 @@ class TrainSettings:
     train: Path
     out: Path  # the adapter folder to write
     valid: Path | None = None
-    schema: RowSchema = field(default_factory=RowSchema)
+    schema: ClassifySchema = field(default_factory=ClassifySchema)
     valid_share: float = 0.1  # of the training rows, when `valid` is None
     rank: int = 16
     alpha: float | None = None  # None: twice the rank
@@ -93,7 +93,7 @@ class TrainPlan:
 
 @dataclass(frozen=True, slots=True)
 class EpochReport:
-    """One epoch. `metrics` are those of `metrics.score`, on the validation rows."""
+    """One epoch. `metrics` are those of `metrics.classes.score`, on the validation rows."""
 
     epoch: int  # from 1
     train_loss: float  # mean over the epoch's steps
