@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from lora_runtime.errors import MultiloraError
-from lora_runtime.train.data import RowSchema
+from lora_runtime.train.rows.classify import ClassifySchema
 from lora_runtime.train.settings import Schedule, TrainSettings
 from lora_runtime.types import ProblemType
 from server.train_progress import TrainProgress, print_summary
@@ -43,7 +43,7 @@ def _group() -> None:  # pyright: ignore[reportUnusedFunction] - keeps `classify
 @train_app.command(no_args_is_help=True)
 def classify(
     base: Annotated[str, typer.Option(help="The base model: a folder, or a name on the hub.")],
-    train: Annotated[Path, typer.Option(help="Training rows: .csv, .tsv or .jsonl, UTF-8.")],
+    train: Annotated[Path, typer.Option(help="Training rows: CSV, TSV, JSON, JSONL, parquet, a dataset folder.")],
     out: Annotated[Path, typer.Option(help="The adapter folder to write.")],
     valid: Annotated[
         Path | None, typer.Option(help="Validation rows. Default: a stratified part of the training rows.")
@@ -111,7 +111,7 @@ def classify(
             train=train,
             out=out,
             valid=valid,
-            schema=RowSchema(text_column, pair_column, label_column, ProblemType[problem_type.name], separator),
+            schema=ClassifySchema(text_column, pair_column, label_column, ProblemType[problem_type.name], separator),
             valid_share=valid_share,
             rank=rank,
             alpha=alpha,

@@ -1,6 +1,7 @@
 """Fine-tuning of LoRA adapters: what this package writes, the runtime loads.
 
-    data.py, split.py     files → checked rows → train and validation rows with one label set
+    rows/                 files → checked rows of each task → train and validation rows
+    metrics/              what a validation pass is measured by
     settings.py           what a run is told, reports back, and tells an observer meanwhile
     task_model.py         a base with a fresh head, its LoRA targets, its fingerprint
     fitting.py            PEFT and the transformers Trainer; the best epoch is kept in memory

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -148,6 +148,23 @@ def _check_target(target: str, name: str, module: nn.Module, trained_whole: Iter
         raise InvalidRequest("target_modules", message)
 
 
-def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """A copy, on the host, of the parameters that are trained."""
-    return {name: value.detach().cpu().clone() for name, value in model.named_parameters() if value.requires_grad}
+def num_trainable(model: nn.Module) -> int:
+    """Numbers that training changes."""
+    return sum(value.numel() for value in model.parameters() if value.requires_grad)
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy, on the host, of the adapter's parameters: those that are trained, and A where it is frozen."""
+    return {
+        name: value.detach().cpu().clone()
+        for name, value in model.named_parameters()
+        if value.requires_grad or ".lora_" in name
+    }
+
+
+def restore_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give `model` the parameters of an `adapter_state`."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in state.items():
+            parameters[name].copy_(value)

@@ -33,7 +33,7 @@ from lora_runtime.adapters.fingerprint import fingerprint_base
 from lora_runtime.adapters.metadata import read_metadata
 from lora_runtime.errors import BaseModelUnsupported, InvalidRequest, TrainingDataInvalid
 from lora_runtime.train.classify import train_classifier
-from lora_runtime.train.data import RowSchema, read_examples
+from lora_runtime.train.rows.classify import ClassifySchema, read_classify_rows
 from lora_runtime.train.settings import EpochReport, Schedule, SilentObserver, TrainReport, TrainSettings
 from lora_runtime.types import ProblemType, Task
 from server.cli_train import train_app
@@ -105,7 +105,7 @@ def peft_logits(settings: TrainSettings, num_labels: int, texts: list[str]) -> t
 def peft_scores(settings: TrainSettings, labels: tuple[str, ...]) -> tuple[float, float]:
     """Accuracy and loss on the validation rows, by `peft_logits`."""
     assert settings.valid is not None
-    rows = read_examples(settings.valid, RowSchema())
+    rows = read_classify_rows(settings.valid, ClassifySchema())
     logits = peft_logits(settings, len(labels), [row.text for row in rows])
     truth = torch.tensor([labels.index(row.labels[0]) for row in rows])
     loss = torch.nn.functional.cross_entropy(logits, truth)
@@ -275,7 +275,7 @@ def test_multi_label_learns_each_label(settings: TrainSettings, tmp_path: Path) 
         words = " ".join(draw.choice(TOPICS[name].split()) for name in names)
         rows.append({"text": f"we saw {words}", "label": names})
     path.write_text("\n".join(map(json.dumps, rows)))
-    schema = RowSchema(problem_type=ProblemType.MULTI_LABEL)
+    schema = ClassifySchema(problem_type=ProblemType.MULTI_LABEL)
     report = train_classifier(replace(settings, train=path, valid=None, valid_share=0.3, schema=schema, epochs=12))
     assert report.best.metrics["accuracy"] > report.plan.baseline["accuracy"] + 0.2
     metadata = read_metadata(settings.out)
@@ -291,7 +291,7 @@ def test_regression_learns_a_value_and_keeps_the_epoch_of_the_least_error(
     pairs = [(draw.choice(["red", "blue"]), draw.choice(["cat", "dog"])) for _ in range(80)]
     lines = [f"{a} {b},{(a == 'red') - 0.5 * (b == 'dog')}" for a, b in pairs]
     path.write_text("\n".join(["text,score", *lines]))
-    schema = RowSchema(label="score", problem_type=ProblemType.REGRESSION)
+    schema = ClassifySchema(label="score", problem_type=ProblemType.REGRESSION)
     report = train_classifier(replace(settings, train=path, valid=None, valid_share=0.3, schema=schema, epochs=8))
     assert report.best.metrics["mse"] < 0.5 * report.plan.baseline["mse"]
     assert report.best.metrics["mse"] == min(epoch.metrics["mse"] for epoch in report.epochs)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from lora_runtime.train.loss import ClassCounts, TargetKind
-from lora_runtime.train.metrics import SELECTION, baseline, score
+from lora_runtime.train.metrics.classes import SELECTION, baseline, score
 from lora_runtime.train.rows.classify import ClassifyRow, load_classify_rows
 from lora_runtime.train.settings import DataFiles
 from lora_runtime.train.task_base import TaskBase

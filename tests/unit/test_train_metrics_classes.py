@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_runtime.train.metrics import accuracy, baseline, macro_f1, score
+from lora_runtime.train.metrics.classes import accuracy, baseline, macro_f1, score
 from lora_runtime.types import ProblemType
 
 SINGLE, MULTI, REGRESSION = ProblemType.SINGLE_LABEL, ProblemType.MULTI_LABEL, ProblemType.REGRESSION
