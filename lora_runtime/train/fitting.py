@@ -85,7 +85,7 @@ class Fitting:
             task,
             self._watcher,
             model=adapter.model,
-            args=_arguments(settings, self.num_steps, folder, device, task.eval_rows_at_once),
+            args=_arguments(settings, self.num_steps, folder, device, process, task.eval_rows_at_once),
             train_dataset=encoded.train.rows,
             eval_dataset=encoded.valid.rows,
             data_collator=lambda rows: task.collate(base, rows),
@@ -173,11 +173,11 @@ class _TaskTrainer(Trainer):
 
 
 def _arguments(
-    settings: TrainSettings, steps: int, folder: RunFolder, device: torch.device, eval_rows: int
+    settings: TrainSettings, steps: int, folder: RunFolder, device: torch.device, process: Process, eval_rows: int
 ) -> TrainingArguments:
     optim, on_cpu = settings.optim, device.type == "cpu"
     every = "epoch" if optim.eval_steps is None else "steps"
-    arguments = TrainingArguments(
+    arguments = TrainingArguments(  # gradient checkpointing is the base's: see `task_base.py`
         output_dir=str(folder.path),
         learning_rate=optim.learning_rate,
         lr_scheduler_type=SCHEDULERS[optim.schedule],
@@ -187,8 +187,6 @@ def _arguments(
         per_device_train_batch_size=optim.batch_size,
         per_device_eval_batch_size=max(optim.batch_size, eval_rows),
         gradient_accumulation_steps=optim.gradient_accumulation,
-        gradient_checkpointing=optim.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         bf16=optim.precision is Precision.BF16,
         eval_strategy=every,
         logging_strategy=every,
@@ -203,11 +201,13 @@ def _arguments(
         remove_unused_columns=False,
         dataloader_pin_memory=not on_cpu,
         use_cpu=on_cpu,
-        ddp_backend="gloo" if on_cpu else None,
+        ddp_backend="gloo" if on_cpu and process.count > 1 else None,
         ddp_find_unused_parameters=False,
         disable_tqdm=True,
         report_to="none",
     )
+    # several devices are for several processes: DataParallel would take them all for one
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # pyright: ignore[reportPrivateUsage]
     return arguments
 
 

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from lora_runtime.adapters.fingerprint import fingerprint_base
 from lora_runtime.adapters.metadata import BaseFingerprint
-from lora_runtime.errors import BaseModelUnsupported, first_line
+from lora_runtime.errors import BaseModelUnsupported, InvalidRequest, first_line
 from lora_runtime.model.encoder_text import TextEncoder
 from lora_runtime.model.gguf_file import SUFFIX as GGUF_SUFFIX
 from lora_runtime.model.skeleton import is_decoder
@@ -93,8 +93,17 @@ def load_task_base(settings: TrainSettings, shape: TaskShape, device: torch.devi
     else:
         model.to(dtype=torch.bfloat16 if settings.optim.precision is Precision.BF16 else torch.float32)
     model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.use_cache = False  # keys and values are for texts that go on
+    if settings.optim.gradient_checkpointing:
+        _checkpoint_gradients(model)
     limit = _length_limit(model, tokenizer)
     return TaskBase(model, tokenizer, fingerprint, trained_whole, limit, decoder)
+
+
+def _checkpoint_gradients(model: PreTrainedModel) -> None:
+    if not model.supports_gradient_checkpointing:
+        raise InvalidRequest("gradient_checkpointing", f"is not offered by {type(model).__name__}; leave it out")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _check_place(base: str) -> None:

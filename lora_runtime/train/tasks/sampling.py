@@ -42,6 +42,7 @@ def _continue(
             input_ids=torch.tensor(rows, device=device),
             attention_mask=torch.tensor(masks, device=device),
             do_sample=False,
+            use_cache=True,
             max_new_tokens=max(1, min(max_new_tokens, text.max_length - longest)),
             eos_token_id=ends,
             pad_token_id=pad_token_id,
