@@ -60,6 +60,21 @@ def test_tsv_and_jsonl_hold_the_same_rows_as_csv(tmp_path: Path) -> None:
     assert read == [rows, rows, rows]
 
 
+def test_quotes_of_a_tsv_are_letters_where_they_enclose_no_field(tmp_path: Path) -> None:
+    plain = write(tmp_path, "a.tsv", 'text\tlabel\n"Hi," he said.\ta\r\n"whole"\t"b\n')
+    assert [(row.text, row.labels, row.place.line) for row in read_classify_rows(plain, SINGLE)] == [
+        ('"Hi," he said.', ("a",), 2),
+        ('"whole"', ('"b',), 3),
+    ]
+    excel = write(tmp_path, "b.tsv", 'text\tlabel\n"one, ""quoted""\nover\ttwo lines"\ta\n"whole"\t"b"\n')
+    assert [(row.text, row.labels, row.place.line) for row in read_classify_rows(excel, SINGLE)] == [
+        ('one, "quoted"\nover\ttwo lines', ("a",), 2),
+        ("whole", ("b",), 4),
+    ]
+    open_quote = write(tmp_path, "c.tsv", 'text\tlabel\n"never closed\tx\tmore\nu\ty\n')
+    assert "is a quote left open?" in refusal(open_quote).message
+
+
 def test_column_names_can_be_chosen_and_other_columns_are_ignored(tmp_path: Path) -> None:
     path = write(tmp_path, "a.csv", "id,premise,hypothesis,gold\n7,it rains,it is wet,yes\n")
     schema = ClassifySchema(text="premise", text_pair="hypothesis", label="gold")

@@ -37,15 +37,16 @@ def read_json_array(path: Path, text: str, required: tuple[str, ...]) -> Iterato
         raise TrainingDataInvalid(path, None, f"is not a JSON array of objects; {what}")
     line, counted = 1, 0
     at = _skip_blank(text, at + 1)
-    while text[at : at + 1] != "]":
+    more = text[at : at + 1] != "]"
+    while more:
         line, counted = line + text.count("\n", counted, at), at
         row, at = _decode(path, text, at)
         yield _cells(Place(path, line), row, required)
         at = _skip_blank(text, at)
-        if text[at : at + 1] == ",":
+        if more := text[at : at + 1] == ",":
             at = _skip_blank(text, at + 1)
-        elif text[at : at + 1] != "]":
-            raise TrainingDataInvalid(path, _line(text, at), "is not valid JSON (a comma or ] is missing)")
+    if text[at : at + 1] != "]":
+        raise TrainingDataInvalid(path, _line(text, at), "is not valid JSON (a comma or ] is missing)")
     _check_end(path, text, at + 1)
 
 
