@@ -67,9 +67,7 @@ def _group() -> None:  # pyright: ignore[reportUnusedFunction] - keeps the comma
 @trains(train_app, "classify")
 def classify(
     text_column: Annotated[str, _data("The text.")] = "text",
-    pair_column: Annotated[
-        str | None, _data("The second text of a pair. Default: text_pair, if there is one.")
-    ] = None,
+    pair_column: Annotated[str | None, _data("The second text of a pair. Default: text_pair, if there is one.")] = None,
     label_column: Annotated[str, _data("The label, or the number to predict.")] = "label",
     problem_type: Annotated[ProblemName, _data("What the labels are.")] = ProblemName.SINGLE_LABEL,
     separator: Annotated[str, _data("What joins the labels of a multi-label row.")] = "|",
@@ -151,18 +149,14 @@ def translate(
     validation rows, translated greedily.
     """
     columns = {"text": source_column, **_pairs("field", field)}
-    return PromptOptions(
-        template, columns, target_column, chat, system, _defaults(generation), True, eval_samples
-    )
+    return PromptOptions(template, columns, target_column, chat, system, _defaults(generation), True, eval_samples)
 
 
 @trains(train_app, "embed", without=("loss",), epochs=3, batch_size=32, learning_rate=5e-4)
 def embed(
     text_column: Annotated[str, _data("The text.")] = "text",
     positive_column: Annotated[str, _data("A text that means the same, or answers it.")] = "positive",
-    negative_column: Annotated[
-        str | None, _data("A text that does not. Default: negative, if there is one.")
-    ] = None,
+    negative_column: Annotated[str | None, _data("A text that does not. Default: negative, if there is one.")] = None,
     score_column: Annotated[
         str | None, _data("How close the pair is, 0 to 1. Default: score, if there is one.")
     ] = None,
@@ -176,7 +170,7 @@ def embed(
 
     Reads CSV, TSV, JSONL, JSON or a folder of the library datasets. Pairs and triplets are learnt against the other
     rows of a batch, so a larger --batch-size teaches more; scored pairs by the squared error of their cosine. The
-    best pass is kept: by mean reciprocal rank, or by rank correlation with the scores.
+    best pass is kept: by how many texts find their own, or by rank correlation with the scores.
     """
     schema = EmbedSchema(text_column, positive_column, negative_column, score_column)
     return EmbedOptions(schema, pooling, normalize, temperature)

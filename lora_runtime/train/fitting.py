@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,9 @@ from transformers import EvalPrediction, PrinterCallback, Trainer, TrainingArgum
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import TrainerCallback
 
-from lora_runtime.errors import InvalidRequest
 from lora_runtime.train.checkpoints import RunFolder
 from lora_runtime.train.lora import Adapter, adapter_state, restore_state
 from lora_runtime.train.optimizers import (
-    PLATEAU_FACTOR,
-    PLATEAU_PATIENCE,
     SCHEDULERS,
     PlateauWarmUp,
     make_optimizer,

@@ -64,6 +64,9 @@ def add_lora(base: TaskBase, shape: TaskShape, settings: TrainSettings) -> Adapt
     choices, model = settings.lora, base.model
     targets = choices.target_modules or layer_linears(model)
     transposed = check_targets(model, targets, base.trained_whole)
+    if transposed and choices.init is Init.OLORA:
+        message = f"olora begins from no transposed layers, as those of {type(model).__name__} are; choose pissa"
+        raise InvalidRequest("init", message)
     config = LoraConfig(
         task_type=shape.peft_type,
         r=choices.rank,
@@ -80,7 +83,9 @@ def add_lora(base: TaskBase, shape: TaskShape, settings: TrainSettings) -> Adapt
     )
     if settings.optim.quantize is not BaseBits.NONE:
         model = _prepared_for_bits(model)
-    wrapped = cast(PeftModel, get_peft_model(model, config))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="lora with eva initialization used with low_cpu_mem_usage=False")
+        wrapped = cast(PeftModel, get_peft_model(model, config))
     with torch.no_grad():
         for parameter in wrapped.parameters():
             if parameter.requires_grad:

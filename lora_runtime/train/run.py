@@ -19,7 +19,7 @@ from lora_runtime.errors import InvalidRequest
 from lora_runtime.train.checkpoints import RunFolder, run_folder
 from lora_runtime.train.fitting import Fitted, Fitting
 from lora_runtime.train.folder import staged_folder, write_adapter
-from lora_runtime.train.lora import Adapter, add_lora, initialise_by_data, num_trainable
+from lora_runtime.train.lora import add_lora, initialise_by_data, num_trainable
 from lora_runtime.train.processes import Process, device_of, this_process
 from lora_runtime.train.progress import SilentObserver, TrainObserver, TrainPlan, TrainReport
 from lora_runtime.train.quantized import check_quantisation
@@ -125,9 +125,7 @@ class _Run:
         batches = [self._task.collate(self._base, rows[at : at + size]) for at in range(0, len(rows), size)]
         self._adapter.model.to(self._device)
         names = {"input_ids", "attention_mask", "token_type_ids"}
-        initialise_by_data(
-            self._adapter, [{name: batch[name] for name in names if name in batch} for batch in batches]
-        )
+        initialise_by_data(self._adapter, [{name: batch[name] for name in names if name in batch} for batch in batches])
 
     def _plan(self, num_steps: int) -> TrainPlan:
         task, encoded = self._task, self._encoded

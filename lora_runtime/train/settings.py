@@ -144,7 +144,9 @@ class Optimisation:
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "1 or more")
         if ratio is not None and self.optimizer is Optimizer.LORA_FA:
-            raise InvalidRequest("loraplus_ratio", "has no meaning with lora-fa, which freezes A; leave one of them out")
+            raise InvalidRequest(
+                "loraplus_ratio", "has no meaning with lora-fa, which freezes A; leave one of them out"
+            )
 
 
 @dataclass(frozen=True, slots=True)

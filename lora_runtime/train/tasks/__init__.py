@@ -1,8 +1,8 @@
 """The tasks that adapters are trained for.
 
-    options.py     what each is told beside its files; no torch
-    api.py         `TrainTask`: what a run needs of one
-    classify.py  tokens.py  answer.py  prompts.py (sampling.py)  embed.py
+options.py     what each is told beside its files; no torch
+api.py         `TrainTask`: what a run needs of one
+classify.py  tokens.py  answer.py  prompts.py (sampling.py)  embed.py
 """
 
 from __future__ import annotations

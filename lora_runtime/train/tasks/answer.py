@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from peft import TaskType
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from lora_runtime.answers.spans import best_spans, supports_no_answer
 from lora_runtime.errors import InvalidRequest
 from lora_runtime.model.encoder_text import Window
 from lora_runtime.train.loss import TargetKind
+from lora_runtime.train.metrics.spans import score_spans
 from lora_runtime.train.rows.answer import AnswerRow, load_answer_rows
 from lora_runtime.train.settings import DataFiles
 from lora_runtime.train.task_base import TaskBase
@@ -104,7 +104,8 @@ class AnswerTask(TrainTask):
 
     def score(self, predictions: Array, labels: Array) -> dict[str, float]:
         del labels
-        return score_answers(self.answers(predictions), [[text for _, text in row.answers] for row in self.rows.valid])
+        wanted = [[text for _, text in row.answers] for row in self.rows.valid]
+        return score_spans(self.answers(predictions), wanted)
 
     def answers(self, predictions: Array) -> list[str]:
         """The best answer of each validation row, "" for none, by the rules of serving."""

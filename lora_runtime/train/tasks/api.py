@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from peft import TaskType
 from torch import Tensor, nn
 
-from lora_runtime.train.loss import ClassCounts, Loss, TargetKind, find_loss, named_loss
+from lora_runtime.train.loss import ClassCounts, TargetKind, find_loss, named_loss
 from lora_runtime.train.task_base import TaskBase
 from lora_runtime.types import ProblemType, Task
 

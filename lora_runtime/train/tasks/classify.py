@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from peft import TaskType
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification

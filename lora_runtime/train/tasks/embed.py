@@ -13,6 +13,7 @@ from transformers import AutoModel
 
 from lora_runtime.errors import InvalidRequest
 from lora_runtime.train.loss import CROSS_ENTROPY, TargetKind
+from lora_runtime.train.metrics.embeddings import score_pairs, score_scored_pairs, score_triplets
 from lora_runtime.train.rows.embed import EmbedRow, load_embed_rows
 from lora_runtime.train.settings import DataFiles
 from lora_runtime.train.task_base import TaskBase
@@ -40,7 +41,8 @@ class EmbedTask(TrainTask):
         if self.has_scores:
             self.target_kind = TargetKind.VALUES
         super().__init__(loss)
-        self.selection = ("spearman", True) if self.has_scores else ("mrr", True)
+        pairs = "triplet_accuracy" if self._num_texts == 3 else "retrieval_accuracy"
+        self.selection = ("spearman" if self.has_scores else pairs, True)
         self._options = options
         self._max_length = data.max_length
         self._pooling = options.pooling or Pooling.MEAN
@@ -113,9 +115,11 @@ class EmbedTask(TrainTask):
         return logits.transpose(0, 1).contiguous()
 
     def score(self, predictions: Array, labels: Array) -> dict[str, float]:
+        first, second = predictions[:, 0], predictions[:, 1]
         if self.has_scores:
-            return score_similarity(predictions[:, 0], predictions[:, 1], labels)
-        return score_retrieval(predictions[:, 0], predictions[:, 1], labels)
+            return score_scored_pairs(first, second, labels)
+        found = score_pairs(first, second, [row.positive for row in self.rows.valid])
+        return found | (score_triplets(first, second, predictions[:, 2]) if self._num_texts == 3 else {})
 
     def metadata(self, base: TaskBase) -> dict[str, Any]:
         del base

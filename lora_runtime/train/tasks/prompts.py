@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from peft import TaskType
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from lora_runtime.model.template_process import TemplateProcess
 from lora_runtime.model.text_generation import TextGeneration, decoder_facts
 from lora_runtime.prompts.spec import PromptSpec
 from lora_runtime.train.loss import TargetKind
+from lora_runtime.train.metrics.texts import perplexity, score_texts
 from lora_runtime.train.rows.prompt import PromptRow, load_prompt_rows
 from lora_runtime.train.settings import DataFiles
 from lora_runtime.train.task_base import TaskBase
@@ -49,6 +50,9 @@ class PromptsTask(TrainTask):
 
     def __init__(self, options: PromptOptions, data: DataFiles, seed: int, loss: str) -> None:
         super().__init__(loss)
+        if options.is_translation and options.eval_samples and importlib.util.find_spec("sacrebleu") is None:
+            message = "translations are scored by sacrebleu: pip install 'multilora[train]', or set it to 0"
+            raise InvalidRequest("eval_samples", message)
         self.rows = load_prompt_rows(data.train, data.valid, options.schema, data.valid_share, seed)
         self._options = options
         self._data = data
@@ -137,15 +141,14 @@ class PromptsTask(TrainTask):
     def score(self, predictions: Array, labels: Array) -> dict[str, float]:
         del labels
         nll, count = predictions.sum(0)
-        with np.errstate(over="ignore"):
-            return {"perplexity": float(np.exp(nll / count))}
+        return {"perplexity": perplexity(float(nll), int(count))}
 
     def sample(self, model: nn.Module, base: TaskBase) -> dict[str, float]:
         """BLEU and chrF of a translation's first validation rows, each continued greedily."""
         if not self._options.is_translation or not self._options.eval_samples:
             return {}
         pairs = self.samples(model, base)
-        return score_translations([found for found, _ in pairs], [wanted for _, wanted in pairs])
+        return score_texts([found for found, _ in pairs], [wanted for _, wanted in pairs])
 
     def samples(self, model: nn.Module, base: TaskBase) -> list[tuple[str, str]]:
         """(what the model writes, what was wanted) for the first `eval_samples` validation rows that fit."""
@@ -157,7 +160,9 @@ class PromptsTask(TrainTask):
             if len(prompts) == self._options.eval_samples:
                 break
             try:
-                (prompt,) = text.encode_prompts([self._spec.prompt(row.fields, "row")], max_length=self._data.max_length)
+                (prompt,) = text.encode_prompts(
+                    [self._spec.prompt(row.fields, "row")], max_length=self._data.max_length
+                )
             except TextTooLong:
                 continue
             prompts.append(prompt.input_ids)

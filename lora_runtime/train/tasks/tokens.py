@@ -12,6 +12,7 @@ from transformers import AutoModelForTokenClassification
 
 from lora_runtime.errors import InvalidRequest
 from lora_runtime.train.loss import ClassCounts, TargetKind
+from lora_runtime.train.metrics.tags import score_tags
 from lora_runtime.train.rows.tokens import TokensRow, load_tokens_rows
 from lora_runtime.train.settings import DataFiles
 from lora_runtime.train.task_base import TaskBase
@@ -100,7 +101,7 @@ class TokensTask(TrainTask):
 
     def score(self, predictions: Array, labels: Array) -> dict[str, float]:
         truth, found = self.tags(predictions, labels)
-        return score_tags(truth, found)
+        return score_tags(found, truth, self.labels)
 
     def tags(self, predictions: Array, labels: Array) -> tuple[list[list[str]], list[list[str]]]:
         """Tags of the words that were not cut off: the true ones and those predicted."""
