@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lora_runtime.train.rows.place import Place
-from lora_runtime.train.rows.tokens import TokensRow, TokensSchema, entity_of, load_tokens_rows, read_tokens_rows
+from lora_runtime.train.rows.tokens import TokensRow, TokensSchema, load_tokens_rows, read_tokens_rows
 from tests.unit.training_files import refusal, write, write_lines
 
 SCHEMA = TokensSchema()
@@ -84,13 +84,6 @@ def test_a_bad_file_is_refused_with_its_line(
     error = refusal(lambda: read_tokens_rows(write(tmp_path, name, content), SCHEMA))
     assert error.line == line
     assert says in error.message
-
-
-@pytest.mark.parametrize(
-    ("tag", "entity"), [("B-PER", "PER"), ("U-A-B", "A-B"), ("O", "O"), ("PER", "PER"), ("E-mail", "mail"), ("B", "B")]
-)
-def test_the_entity_of_a_tag(tag: str, entity: str) -> None:
-    assert entity_of(tag) == entity
 
 
 def sentences(count: int, tag: str = "B-X") -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_runtime.answers.tags import OUTSIDE, parse_tag
 from lora_runtime.errors import TrainingDataInvalid
 from lora_runtime.train.rows.cells import label_of, list_of, text_of
 from lora_runtime.train.rows.conll import ENDINGS, read_conll
@@ -13,7 +14,6 @@ from lora_runtime.train.rows.files import Columns, Part, decode, read_cells
 from lora_runtime.train.rows.place import Place
 from lora_runtime.train.rows.split import TaskRows, grouped_rows, read_both, require_rows, sorted_labels
 
-OUTSIDE = "O"
 DEFAULT_TAGS = ("tags", "ner_tags")
 _PREFIXES = tuple(f"{letter}-" for letter in "BIESLU")  # of IOB, IOB2, IOBES and BILOU
 
@@ -66,11 +66,6 @@ def load_tokens_rows(
     return TaskRows(kept, held_out, sorted_labels(tags))
 
 
-def entity_of(tag: str) -> str:
-    """The kind of entity of a tag: `PER` of `B-PER`, a plain tag itself."""
-    return tag[2:] if tag.startswith(_PREFIXES) else tag
-
-
 def _sentences(path: Path, schema: TokensSchema, part: Part) -> Iterator[_Sentence]:
     if path.suffix.lower() in ENDINGS and not path.is_dir():
         yield from read_conll(path, decode(path))
@@ -113,8 +108,9 @@ def _tag(index: int, value: object) -> str:
 
 
 def _check_same_entities(valid: Sequence[TokensRow], tags: set[str]) -> None:
-    known = {entity_of(tag) for tag in tags} | {OUTSIDE}
+    known = {parse_tag(tag, tags).kind for tag in tags} | {OUTSIDE}
+    every = tags.union(*(row.tags for row in valid))
     for row in valid:
         for tag in row.tags:
-            if entity_of(tag) not in known:
+            if parse_tag(tag, every).kind not in known:
                 raise row.place.invalid(f"tag {tag!r} does not occur in the training file")
