@@ -31,8 +31,13 @@ SIZES: dict[str, Any] = {"vocab_size": 30522, "pad_token_id": 0}
 CONFIGS: dict[str, PretrainedConfig] = {
     "bert": BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, **SIZES),
     "steady": BertConfig(  # without dropout of its own
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0, **SIZES,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        **SIZES,
     ),
     "distilbert": DistilBertConfig(dim=32, n_layers=2, n_heads=2, hidden_dim=64, **SIZES),
     "electra": ElectraConfig(embedding_size=32, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, **SIZES),
@@ -98,5 +103,3 @@ def peft_scores(settings: TrainSettings, labels: tuple[str, ...]) -> tuple[float
     truth = torch.tensor([labels.index(row.labels[0]) for row in rows])
     loss = torch.nn.functional.cross_entropy(logits, truth)
     return (logits.argmax(dim=1) == truth).float().mean().item(), loss.item()
-
-

@@ -82,9 +82,12 @@ def load_task_base(settings: TrainSettings, shape: TaskShape, device: torch.devi
     model, missing = _load_model(settings.base, shape, {"dtype": "auto"})
     if model.config.is_encoder_decoder:
         raise BaseModelUnsupported(f"base {settings.base!r} is an encoder-decoder, which is not served yet")
+    decoder = is_decoder(model.config)
+    if shape.needs_decoder and not decoder:
+        message = "is an encoder, which generates no text; choose a decoder"
+        raise BaseModelUnsupported(f"base {settings.base!r} {message}")
     trained_whole = _modules_to_train(model, missing, shape, settings.base)
     fingerprint = fingerprint_base(model.base_model, model.config)
-    decoder = is_decoder(model.config)
     tokenizer = _load_tokenizer(settings.base)
     if settings.optim.quantize is not BaseBits.NONE:
         del model  # it was there for its fingerprint

@@ -26,7 +26,6 @@ from lora_runtime.types import ProblemType, Task
 from server.cli_train import train_app
 from tests.training import FILES, TOPICS, make_bases, peft_scores, topics
 
-
 FAMILIES = ("bert", "distilbert", "electra", "gpt2", "bert_without_pooler")
 
 

@@ -48,6 +48,7 @@ class TaskShape:
     peft_type: TaskType
     heads: tuple[str, ...]  # modules that PEFT saves for this type without being told
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])  # of `from_pretrained`
+    needs_decoder: bool = False
 
 
 class TrainTask(ABC):

@@ -61,7 +61,7 @@ class PromptsTask(TrainTask):
 
     @property
     def shape(self) -> TaskShape:
-        return TaskShape(AutoModelForCausalLM, TaskType.CAUSAL_LM, ())
+        return TaskShape(AutoModelForCausalLM, TaskType.CAUSAL_LM, (), needs_decoder=True)
 
     @property
     def num_rows(self) -> tuple[int, int]:
@@ -81,8 +81,6 @@ class PromptsTask(TrainTask):
         return encoded
 
     def _generation(self, base: TaskBase) -> TextGeneration:
-        if not base.is_decoder:
-            raise BaseModelUnsupported("the base is an encoder, which generates no text; choose a decoder")
         facts = decoder_facts(base.model.config, base.model.generation_config, base.tokenizer)
         encoder = base.encoder
         text = TextGeneration(encoder, facts, base=encoder, renderer=TemplateProcess())
