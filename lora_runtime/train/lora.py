@@ -52,6 +52,7 @@ class Adapter:
     def config(self) -> dict[str, Any]:
         """What adapter_config.json holds: plain LoRA, whose scaling is that of training."""
         values = {**self.model.peft_config["default"].to_dict(), "init_lora_weights": True, "eva_config": None}
+        values["target_modules"] = sorted(self.targets)  # EVA has every site's own name in its place
         if self.beginning is not None:
             values["r"] = 2 * self.choices.rank
             grown = math.sqrt(2) if self.choices.rslora else 2

@@ -34,6 +34,12 @@ def this_process(environment: Mapping[str, str] | None = None) -> Process:
     return Process(int(found.get("RANK", "0")), count, int(found.get("LOCAL_RANK", "0")))
 
 
+def wait_for_all(process: Process) -> None:
+    """Until every process of the run is here."""
+    if process.count > 1 and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
 def device_of(choice: DeviceChoice, process: Process) -> torch.device:
     """Where this process computes; raises InvalidRequest on `device` when CUDA was asked for and is absent."""
     num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0

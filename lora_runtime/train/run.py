@@ -20,7 +20,7 @@ from lora_runtime.train.checkpoints import RunFolder, run_folder
 from lora_runtime.train.fitting import Fitted, Fitting
 from lora_runtime.train.folder import staged_folder, write_adapter
 from lora_runtime.train.lora import add_lora, initialise_by_data, num_trainable
-from lora_runtime.train.processes import Process, device_of, this_process
+from lora_runtime.train.processes import Process, device_of, this_process, wait_for_all
 from lora_runtime.train.progress import SilentObserver, TrainObserver, TrainPlan, TrainReport
 from lora_runtime.train.quantized import check_quantisation
 from lora_runtime.train.settings import Init, TrainSettings
@@ -52,6 +52,7 @@ def train(settings: TrainSettings, observer: TrainObserver | None = None) -> Tra
             plan, fitted = one.fit()
             if folder is not None:
                 one.write(folder, fitted)
+    wait_for_all(process)  # the folder is there for each of them
     return TrainReport(
         run.out,
         plan,

@@ -46,7 +46,8 @@ def _run(settings: TrainSettings, errors: Console) -> None:
     except KeyboardInterrupt:
         _say(errors, f"[bold]interrupted:[/] {escape(_what_is_kept(settings.run.out))}")
         raise typer.Exit(INTERRUPTED) from None
-    print_summary(console, report)
+    if process.is_first:
+        print_summary(console, report)
 
 
 @contextmanager
@@ -61,6 +62,7 @@ def _interruptible(progress: TrainProgress, *, alone: bool) -> Generator[None]:
     before = signal.getsignal(signal.SIGINT)
 
     def on_interrupt(number: int, frame: FrameType | None) -> None:
+        del number, frame
         signal.signal(signal.SIGINT, before)
         if not progress.is_training:
             raise KeyboardInterrupt

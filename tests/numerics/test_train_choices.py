@@ -165,6 +165,7 @@ def test_the_warm_up_of_reduce_on_plateau_rises_to_the_peak_and_is_then_left_alo
 
     class Rates(SilentObserver):
         def on_step(self, step: int, loss: float) -> None:
+            del step, loss
             rates.append(optimizers[0].param_groups[0]["lr"])
 
     optimizers: list[torch.optim.Optimizer] = []

@@ -159,6 +159,7 @@ class PowerCut(SilentObserver):
     """Fails in the second step."""
 
     def on_step(self, step: int, loss: float) -> None:
+        del loss
         if step == 2:
             raise RuntimeError("power cut")
 
@@ -183,6 +184,7 @@ def test_progress_is_told_step_by_step(settings: TrainSettings) -> None:
 
     class Recorder(SilentObserver):
         def on_step(self, step: int, loss: float) -> None:
+            del loss
             seen.append(step)
 
         def on_eval(self, report: EvalReport) -> None:
