@@ -2,6 +2,7 @@
 
     rows/                 files → checked rows of each task → train and validation rows
     metrics/              what a validation pass is measured by
+    report/               report.md and report.png beside the adapter
     settings.py           what a run is told, reports back, and tells an observer meanwhile
     task_model.py         a base with a fresh head, its LoRA targets, its fingerprint
     fitting.py            PEFT and the transformers Trainer; the best epoch is kept in memory

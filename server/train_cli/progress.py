@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lora_runtime.train.metrics.names import metric_of, shown_value
 from lora_runtime.train.progress import EvalReport, TrainPlan, TrainReport
 from lora_runtime.train.settings import TrainSettings
 from lora_runtime.types import Task
 
-_PERCENT = frozenset({"accuracy"})
 _LIVE_SHARE = 0.1  # of the newest step in the loss that is shown
 
 
@@ -112,12 +112,7 @@ def print_summary(console: Console, report: TrainReport) -> None:
 
 def describe_metrics(metrics: Mapping[str, float]) -> str:
     """`accuracy 93.8 %  macro-F1 0.937`, or the errors of a regression."""
-    return "  ".join(_metric(name, value) for name, value in metrics.items())
-
-
-def _metric(name: str, value: float) -> str:
-    shown = f"{100 * value:.1f} %" if name in _PERCENT else f"{value:.4g}" if name in ("mse", "mae") else f"{value:.3f}"
-    return f"{name.replace('macro_f1', 'macro-F1')} {shown}"
+    return "  ".join(f"{metric_of(name).title} {shown_value(name, value)}" for name, value in metrics.items())
 
 
 def _describe_labels(plan: TrainPlan) -> str:

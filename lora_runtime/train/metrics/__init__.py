@@ -5,6 +5,7 @@
     spans.py       SQuAD's exact match and F1
     texts.py       BLEU and chrF (sacreBLEU, of the extra `train`), perplexity
     embeddings.py  Spearman's correlation with scores, retrieval within the validation rows
+    names.py       how metrics are called and written for people
 
 Shares are from 0 to 1; BLEU and chrF from 0 to 100, as sacreBLEU has them.
 """
