@@ -78,7 +78,7 @@ def topics(folder: Path, base: str) -> TrainSettings:
         base,
         ClassifyOptions(),
         DataFiles(*files, max_length=16),
-        RunSettings(folder / "adapters" / "topics", threads=1),
+        RunSettings(folder / "adapters" / "topics", threads=1, report=False),
         LoraChoices(rank=4, dropout=0.0),
         Optimisation(learning_rate=2e-2, epochs=4),
     )

@@ -27,7 +27,7 @@ from lora_runtime.train.progress import EvalReport, TrainObserver
 from lora_runtime.train.settings import Precision, Schedule, TrainSettings
 from lora_runtime.train.task_base import TaskBase
 from lora_runtime.train.tasks.api import Array, Encoded, TrainTask
-from lora_runtime.train.watcher import Watcher
+from lora_runtime.train.watcher import OTHERS, Watcher
 
 _WEIGHTS_FILE = "adapter_state.safetensors"  # of a checkpoint
 
@@ -90,11 +90,21 @@ class Fitting:
             optimizers=(make_optimizer(adapter, settings.optim), None),
         )
         self._task = task
+        self._base = base
         self._trainer.remove_callback(PrinterCallback)
         if settings.optim.schedule is Schedule.REDUCE_ON_PLATEAU:
             groups = self._trainer.create_optimizer().param_groups
             warmup = round(settings.optim.warmup_ratio * self.num_steps)
             self._trainer.add_callback(PlateauWarmUp(warmup, [group["lr"] for group in groups]))
+
+    def baseline(self) -> dict[str, float]:
+        """Metrics of the base alone, before training: every B is zero, or takes back what was taken out of the base."""
+        with torch.random.fork_rng():
+            found = self._trainer.predict(self._trainer.eval_dataset, metric_key_prefix="base").metrics or {}
+            metrics = {name.removeprefix("base_"): float(value) for name, value in found.items()}
+            return {name: metrics[name] for name in metrics if name not in OTHERS} | self._task.sample(
+                self._model, self._base
+            )
 
     def run(self) -> Fitted:
         """Train, and leave the model with the weights of the best pass.

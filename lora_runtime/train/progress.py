@@ -25,6 +25,7 @@ class TrainPlan:
     num_parameters: int  # trainable, the head included
     target_modules: tuple[str, ...]
     baseline: Mapping[str, float]  # metrics of an answer that took no training; empty where there is none
+    baseline_of: str  # what gives that answer
     selection: str  # the metric that the best pass is chosen by
     device: str
     num_processes: int = 1

@@ -23,6 +23,8 @@ from lora_runtime.train.lora import add_lora, initialise_by_data, num_trainable
 from lora_runtime.train.processes import Process, device_of, this_process, wait_for_all
 from lora_runtime.train.progress import SilentObserver, TrainObserver, TrainPlan, TrainReport
 from lora_runtime.train.quantized import check_quantisation
+from lora_runtime.train.report.write import write_report
+from lora_runtime.train.reporting import run_report
 from lora_runtime.train.settings import Init, TrainSettings
 from lora_runtime.train.task_base import TaskBase, load_task_base, quiet_transformers
 from lora_runtime.train.tasks import make_task
@@ -51,7 +53,7 @@ def train(settings: TrainSettings, observer: TrainObserver | None = None) -> Tra
             one = _Run(settings, task, process, device, observer or SilentObserver(), work)
             plan, fitted = one.fit()
             if folder is not None:
-                one.write(folder, fitted)
+                one.write(folder, plan, fitted, started)
     wait_for_all(process)  # the folder is there for each of them
     return TrainReport(
         run.out,
@@ -103,22 +105,25 @@ class _Run:
             self._process,
             self._observer,
         )
-        plan = self._plan(fitting.num_steps)
+        plan = self._plan(fitting)
         self._observer.on_start(plan)
         return plan, fitting.run()
 
-    def write(self, folder: Path, fitted: Fitted) -> None:
+    def write(self, folder: Path, plan: TrainPlan, fitted: Fitted, started: float) -> None:
         best = fitted.best
         metadata = AdapterMetadata(
             task=self._task.kind,
             max_length=self._settings.data.max_length,
             pad_token_id=self._base.pad_token_id,
-            base_model_name=self._settings.run.base_name or _name_of(self._settings.base),
+            base_model_name=self._settings.base_name,
             base=self._base.fingerprint,
             metrics={**best.metrics, "loss": best.valid_loss, "epoch": best.epoch},
             **self._task.metadata(self._base),
         )
         write_adapter(folder, self._adapter, metadata)
+        if self._settings.run.report:
+            seconds = time.monotonic() - started
+            write_report(folder, run_report(self._settings, self._task, self._base, plan, fitted, seconds))
 
     def _look_at_data(self) -> None:
         """EVA's batches: the training rows once, in their order, without labels."""
@@ -128,7 +133,7 @@ class _Run:
         names = {"input_ids", "attention_mask", "token_type_ids"}
         initialise_by_data(self._adapter, [{name: batch[name] for name in names if name in batch} for batch in batches])
 
-    def _plan(self, num_steps: int) -> TrainPlan:
+    def _plan(self, fitting: Fitting) -> TrainPlan:
         task, encoded = self._task, self._encoded
         num_train, num_valid = task.num_rows
         return TrainPlan(
@@ -139,10 +144,11 @@ class _Run:
             num_valid_rows=num_valid,
             num_truncated_rows=encoded.train.num_truncated + encoded.valid.num_truncated,
             num_skipped_rows=encoded.train.num_skipped + encoded.valid.num_skipped,
-            num_steps=num_steps,
+            num_steps=fitting.num_steps,
             num_parameters=num_trainable(self._adapter.model),
             target_modules=self._adapter.targets,
-            baseline=task.baseline(),
+            baseline=fitting.baseline() if task.base_does_it else task.baseline(),
+            baseline_of="the base alone" if task.base_does_it else "always the same answer",
             selection=task.selection[0],
             device=str(self._device),
             num_processes=self._process.count,
@@ -167,11 +173,6 @@ def _identity(settings: TrainSettings, encoded: Encoded, process: Process) -> Ma
         for row in side.rows:
             digest.update(repr(sorted(row.items())).encode())
     return {**settings.decisive(), "rows": digest.hexdigest(), "processes": str(process.count)}
-
-
-def _name_of(base: str) -> str:
-    """A hub name as it is; of a folder its last part, so that no path of this machine is published."""
-    return Path(base).resolve().name if Path(base).is_dir() else base
 
 
 @contextmanager

@@ -160,6 +160,7 @@ class RunSettings:
     resume: bool = False  # go on from the checkpoint of an interrupted run
     keep_checkpoints: bool = True  # beside `out` while the run lasts, so that it can be resumed
     tensorboard: Path | None = None
+    report: bool = True  # write report.md and report.png beside the adapter
     base_name: str | None = None  # the hint to write; None: the last part of `base`
 
     def __post_init__(self) -> None:
@@ -187,6 +188,12 @@ class TrainSettings:
             message = f"{self.lora.init} changes the base's weights, which {self.optim.quantize} has rounded"
             raise InvalidRequest("init", f"{message}; choose default or eva, or keep the base whole")
 
+    @property
+    def base_name(self) -> str:
+        """A hub name as it is; of a folder its last part, so that no path of this machine is published."""
+        path = Path(self.base)
+        return self.run.base_name or (path.resolve().name if path.is_dir() else self.base)
+
     def changed(self, **values: Any) -> TrainSettings:
         """The same run with other values, each put into the group whose field it names."""
         own = {name: values.pop(name) for name in ("base", "task", "data", "run", "lora", "optim") if name in values}
@@ -200,7 +207,7 @@ class TrainSettings:
 
     def decisive(self) -> Mapping[str, str]:
         """What decides the outcome, by field, as text: two runs that differ here cannot continue one another."""
-        ignored = {"out", "overwrite", "resume", "keep_checkpoints", "tensorboard", "threads", "base_name"}
+        ignored = {"out", "overwrite", "resume", "keep_checkpoints", "tensorboard", "threads", "report", "base_name"}
         found = {"base": self.base, "kind": type(self.task).__name__}
         for group in (self.task, self.data, self.run, self.lora, self.optim):
             found |= {param.name: str(getattr(group, param.name)) for param in fields(group)}

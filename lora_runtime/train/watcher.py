@@ -19,7 +19,7 @@ from lora_runtime.train.progress import EvalReport, TrainObserver
 from lora_runtime.train.tasks.api import Array
 
 _PREFIX, _LOSS = "eval_", "eval_loss"
-_OTHERS = frozenset({"loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time"})
+OTHERS = frozenset({"loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time"})
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Watcher(TrainerCallback):
         assert metrics is not None
         assert model is not None
         names = (name.removeprefix(_PREFIX) for name in metrics if name.startswith(_PREFIX))
-        found = {name: float(metrics[f"{_PREFIX}{name}"]) for name in names if name not in _OTHERS}
+        found = {name: float(metrics[f"{_PREFIX}{name}"]) for name in names if name not in OTHERS}
         found |= self.sample(model)
         loss = float(metrics[_LOSS])
         best = self._is_best(found, loss)

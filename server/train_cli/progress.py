@@ -63,7 +63,7 @@ class TrainProgress:
         scope = f"rank {lora.rank}{form} on {', '.join(plan.target_modules)}"
         self._say(f"{plan.num_parameters:,} trainable parameters: {scope}{', and the head' if plan.labels else ''}")
         if plan.baseline:
-            self._say(f"always the same answer, for comparison: {describe_metrics(plan.baseline)}")
+            self._say(f"{plan.baseline_of}, for comparison: {describe_metrics(plan.baseline)}")
         if plan.num_processes > 1 or plan.device != "cpu":
             several = f", {plan.num_processes} processes" if plan.num_processes > 1 else ""
             self._say(f"on {plan.device}{several}")

@@ -84,7 +84,7 @@ def _what_is_kept(out: Path) -> str:
 
 
 def _require_training_extra() -> None:
-    missing = [name for name in ("peft", "accelerate") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("peft", "accelerate", "matplotlib") if importlib.util.find_spec(name) is None]
     if missing:
         raise MultiloraError(f"training needs {' and '.join(missing)}: pip install '.[train]' in the repository")
 

@@ -105,6 +105,7 @@ def shared(
     threads: Annotated[int | None, _training("CPU threads. Default: as many as torch takes.")] = None,
     overwrite: Annotated[bool, _output("Replace an adapter that is in the folder.", "--overwrite")] = False,
     resume: Annotated[bool, _output("Go on with the interrupted run of this folder.", "--resume")] = False,
+    report: Annotated[bool, _output("Write report.md and report.png beside the adapter.")] = True,
     tensorboard: Annotated[Path | None, _output("Folder for TensorBoard's files.")] = None,
 ) -> Shared:
     """From the values of the options; raises InvalidRequest."""
@@ -112,7 +113,7 @@ def shared(
     return Shared(
         base,
         DataFiles(train, valid, valid_share, max_length),
-        RunSettings(out, seed, threads, overwrite, resume, tensorboard=tensorboard),
+        RunSettings(out, seed, threads, overwrite, resume, tensorboard=tensorboard, report=report),
         LoraChoices(rank, alpha, dropout, None if targets == ("auto",) else targets, rslora, dora, init),
         Optimisation(
             learning_rate=learning_rate,

@@ -112,7 +112,7 @@ def settings_for(base: Base, folder: Path, name: str, task: TaskOptions, make: A
         str(base.folder),
         task,
         DataFiles(*files, max_length=48),
-        RunSettings(folder / "adapters" / name, threads=1),
+        RunSettings(folder / "adapters" / name, threads=1, report=name in ("tokens", "answer", "translate")),
         LoraChoices(rank=4, dropout=0.0),
         Optimisation(epochs=3, batch_size=8, learning_rate=5e-3),
     )
@@ -430,3 +430,23 @@ def test_what_does_not_fit_the_task_is_refused_and_nothing_is_written(
         with pytest.raises(kind, match=says):
             train(settings)
         assert not list(tmp_path.glob("never/*")), says
+
+
+@pytest.mark.parametrize(
+    ("base", "name", "says"),
+    [
+        ("bert", "tokens", ("PER", "then", "B-")),
+        ("bert", "answer", ("where to?", "(no answer)", "exact match")),
+        ("llama", "translate", ("the base alone", "perplexity", "chrF")),
+    ],
+)
+def test_a_report_stands_beside_the_adapter_with_examples(
+    base: str, name: str, says: tuple[str, ...], request: pytest.FixtureRequest
+) -> None:
+    trained: Trained = request.getfixturevalue(base)
+    out = trained.settings[name].run.out
+    text = (out / "report.md").read_text()
+    for part in says:
+        assert part in text
+    assert str(trained.base.folder.parent) not in text
+    assert (out / "report.png").read_bytes().startswith(b"\x89PNG")

@@ -16,11 +16,13 @@ from lora_runtime.errors import InvalidRequest
 from lora_runtime.model.encoder_text import Window
 from lora_runtime.train.loss import TargetKind
 from lora_runtime.train.metrics.spans import score_spans
+from lora_runtime.train.report.run import Example
 from lora_runtime.train.rows.answer import AnswerRow, load_answer_rows
 from lora_runtime.train.settings import DataFiles
 from lora_runtime.train.task_base import TaskBase
 from lora_runtime.train.tasks.api import (
     IGNORED,
+    NUM_EXAMPLES,
     Array,
     Batch,
     Encoded,
@@ -34,6 +36,8 @@ from lora_runtime.train.tasks.options import AnswerOptions
 from lora_runtime.types import SpanLogits, Task
 
 MAX_WINDOWS = 4096  # of one context: training has no caller who waits
+
+_NONE = "(no answer)"
 
 
 class AnswerTask(TrainTask):
@@ -106,6 +110,13 @@ class AnswerTask(TrainTask):
         del labels
         wanted = [[text for _, text in row.answers] for row in self.rows.valid]
         return score_spans(self.answers(predictions), wanted)
+
+    def examples(self, base: TaskBase, predictions: Array, labels: Array) -> tuple[Example, ...]:
+        del base, labels
+        rows = islice(zip(self.rows.valid, self.answers(predictions), strict=True), NUM_EXAMPLES)
+        return tuple(
+            Example(row.question, row.answers[0][1] if row.answers else _NONE, found or _NONE) for row, found in rows
+        )
 
     def answers(self, predictions: Array) -> list[str]:
         """The best answer of each validation row, "" for none, by the rules of serving."""

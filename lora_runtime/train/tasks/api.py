@@ -14,12 +14,15 @@ from peft import TaskType
 from torch import Tensor, nn
 
 from lora_runtime.train.loss import ClassCounts, TargetKind, find_loss, named_loss
+from lora_runtime.train.metrics.classes import LabelScore
+from lora_runtime.train.report.run import Confusion, Example
 from lora_runtime.train.task_base import TaskBase
 from lora_runtime.types import ProblemType, Task
 
 Array = NDArray[Any]
 Batch = dict[str, Tensor]
 
+NUM_EXAMPLES = 8  # of a report
 IGNORED = -100  # a label where there is no target, as transformers writes it
 
 
@@ -62,6 +65,7 @@ class TrainTask(ABC):
     selection: tuple[str, bool]  # the metric that the best pass is chosen by, and whether more is better
     labels: tuple[str, ...] = ()
     problem_type: ProblemType | None = None
+    base_does_it: bool = False  # whether the base alone, without a trained head, can be measured too
     eval_rows_at_once: int = 32  # of a validation pass, at least
 
     def __init__(self, loss: str) -> None:
@@ -108,8 +112,23 @@ class TrainTask(ABC):
         return {}
 
     def baseline(self) -> dict[str, float]:
-        """Metrics of an answer that needs no training; empty where there is none."""
+        """Metrics of the same answer for every row; empty where there is no such thing."""
         return {}
+
+    def label_scores(self, predictions: Array, labels: Array) -> tuple[LabelScore, ...]:
+        """Each label's own scores, for the report."""
+        del predictions, labels
+        return ()
+
+    def confusion(self, predictions: Array, labels: Array) -> Confusion | None:
+        """Which label was answered as which, for the report."""
+        del predictions, labels
+        return None
+
+    def examples(self, base: TaskBase, predictions: Array, labels: Array) -> tuple[Example, ...]:
+        """A few validation rows and the trained model's answers, for the report."""
+        del base, predictions, labels
+        return ()
 
     def class_counts(self) -> ClassCounts | None:
         """How often each class is a target of the training rows, after `encode`."""

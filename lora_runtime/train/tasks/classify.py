@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,29 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from lora_runtime.train.loss import ClassCounts, TargetKind
-from lora_runtime.train.metrics.classes import SELECTION, baseline, score
+from lora_runtime.train.metrics.classes import (
+    SELECTION,
+    LabelScore,
+    baseline,
+    confusion_matrix,
+    label_scores,
+    score,
+)
+from lora_runtime.train.report.run import Confusion, Example
 from lora_runtime.train.rows.classify import ClassifyRow, load_classify_rows
 from lora_runtime.train.settings import DataFiles
 from lora_runtime.train.task_base import TaskBase
-from lora_runtime.train.tasks.api import Array, Batch, Encoded, Features, TaskShape, TrainTask, counts_of, pad_rows
+from lora_runtime.train.tasks.api import (
+    NUM_EXAMPLES,
+    Array,
+    Batch,
+    Encoded,
+    Features,
+    TaskShape,
+    TrainTask,
+    counts_of,
+    pad_rows,
+)
 from lora_runtime.train.tasks.options import ClassifyOptions
 from lora_runtime.types import ProblemType, Task
 
@@ -86,6 +105,32 @@ class ClassifyTask(TrainTask):
         assert self.problem_type is not None
         return baseline(self.problem_type, *self._targets)
 
+    def label_scores(self, predictions: Array, labels: Array) -> tuple[LabelScore, ...]:
+        assert self.problem_type is not None
+        return label_scores(self.problem_type, predictions, labels, self.labels)
+
+    def confusion(self, predictions: Array, labels: Array) -> Confusion | None:
+        if self.problem_type is not ProblemType.SINGLE_LABEL:
+            return None
+        return Confusion(self.labels, confusion_matrix(predictions, labels).tolist())
+
+    def examples(self, base: TaskBase, predictions: Array, labels: Array) -> tuple[Example, ...]:
+        del base
+        rows = zip(self.rows.valid, predictions, labels, strict=True)
+        return tuple(
+            Example(_given(row), self._named(truth, wanted=True), self._named(found, wanted=False))
+            for row, found, truth in islice(rows, NUM_EXAMPLES)
+        )
+
+    def _named(self, values: Array, *, wanted: bool) -> str:
+        """Logits, or the targets of the row, in words."""
+        if self.problem_type is ProblemType.REGRESSION:
+            return f"{float(np.asarray(values).reshape(-1)[0]):.4g}"
+        if self.problem_type is ProblemType.MULTI_LABEL:
+            limit = 0.5 if wanted else 0.0
+            return ", ".join(name for name, value in zip(self.labels, values, strict=True) if value > limit) or "none"
+        return self.labels[int(values) if wanted else int(values.argmax())]
+
     def class_counts(self) -> ClassCounts | None:
         train = self._targets[0]
         if self.problem_type is ProblemType.MULTI_LABEL:
@@ -95,6 +140,10 @@ class ClassifyTask(TrainTask):
     def metadata(self, base: TaskBase) -> dict[str, Any]:
         del base
         return {"labels": self.labels, "problem_type": self.problem_type}
+
+
+def _given(row: ClassifyRow) -> str:
+    return row.text if row.text_pair is None else f"{row.text} / {row.text_pair}"
 
 
 def _encode(rows: Sequence[ClassifyRow], targets: Array, base: TaskBase, max_length: int) -> Features:

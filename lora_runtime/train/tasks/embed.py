@@ -31,6 +31,7 @@ class EmbedTask(TrainTask):
     """
 
     kind = Task.EMBED
+    base_does_it = True
     target_kind = TargetKind.CLASSES
 
     def __init__(self, options: EmbedOptions, data: DataFiles, seed: int, loss: str) -> None:

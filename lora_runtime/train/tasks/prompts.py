@@ -19,11 +19,13 @@ from lora_runtime.model.text_generation import TextGeneration, decoder_facts
 from lora_runtime.prompts.spec import PromptSpec
 from lora_runtime.train.loss import TargetKind
 from lora_runtime.train.metrics.texts import perplexity, score_texts
+from lora_runtime.train.report.run import Example
 from lora_runtime.train.rows.prompt import PromptRow, load_prompt_rows
 from lora_runtime.train.settings import DataFiles
 from lora_runtime.train.task_base import TaskBase
 from lora_runtime.train.tasks.api import (
     IGNORED,
+    NUM_EXAMPLES,
     Array,
     Batch,
     Encoded,
@@ -46,6 +48,7 @@ class PromptsTask(TrainTask):
     kind = Task.GENERATE
     target_kind = TargetKind.VOCABULARY
     selection = ("perplexity", False)
+    base_does_it = True
     eval_rows_at_once = 1  # as many as in training: logits of a whole vocabulary are large
 
     def __init__(self, options: PromptOptions, data: DataFiles, seed: int, loss: str) -> None:
@@ -145,17 +148,22 @@ class PromptsTask(TrainTask):
         """BLEU and chrF of a translation's first validation rows, each continued greedily."""
         if not self._options.is_translation or not self._options.eval_samples:
             return {}
-        pairs = self.samples(model, base)
-        return score_texts([found for found, _ in pairs], [wanted for _, wanted in pairs])
+        found = self.samples(model, base, self._options.eval_samples)
+        return score_texts([text for _, text in found], [row.completion for row, _ in found])
 
-    def samples(self, model: nn.Module, base: TaskBase) -> list[tuple[str, str]]:
-        """(what the model writes, what was wanted) for the first `eval_samples` validation rows that fit."""
+    def examples(self, base: TaskBase, predictions: Array, labels: Array) -> tuple[Example, ...]:
+        del predictions, labels
+        found = self.samples(base.model, base, NUM_EXAMPLES)
+        return tuple(Example("\n".join(row.fields.values()), row.completion, text) for row, text in found)
+
+    def samples(self, model: nn.Module, base: TaskBase, count: int) -> list[tuple[PromptRow, str]]:
+        """The first `count` validation rows that fit, and what the model writes."""
         text = self._generation(base)
         prompts: list[tuple[int, ...]] = []
-        wanted: list[str] = []
+        rows: list[PromptRow] = []
         longest = 1
         for row in self.rows.valid:
-            if len(prompts) == self._options.eval_samples:
+            if len(prompts) == count:
                 break
             try:
                 (prompt,) = text.encode_prompts(
@@ -164,9 +172,9 @@ class PromptsTask(TrainTask):
             except TextTooLong:
                 continue
             prompts.append(prompt.input_ids)
-            wanted.append(row.completion)
+            rows.append(row)
             longest = max(longest, len(self._completion(row, text)))
-        return list(zip(continue_prompts(model, text, base.pad_token_id, prompts, 2 * longest), wanted, strict=True))
+        return list(zip(rows, continue_prompts(model, text, base.pad_token_id, prompts, 2 * longest), strict=True))
 
     def metadata(self, base: TaskBase) -> dict[str, Any]:
         del base

@@ -12,12 +12,15 @@ from transformers import AutoModelForTokenClassification
 
 from lora_runtime.errors import InvalidRequest
 from lora_runtime.train.loss import ClassCounts, TargetKind
-from lora_runtime.train.metrics.tags import score_tags
+from lora_runtime.train.metrics.classes import LabelScore
+from lora_runtime.train.metrics.tags import entity_scores, score_tags
+from lora_runtime.train.report.run import Example
 from lora_runtime.train.rows.tokens import TokensRow, load_tokens_rows
 from lora_runtime.train.settings import DataFiles
 from lora_runtime.train.task_base import TaskBase
 from lora_runtime.train.tasks.api import (
     IGNORED,
+    NUM_EXAMPLES,
     Array,
     Batch,
     Encoded,
@@ -111,6 +114,16 @@ class TokensTask(TrainTask):
             for row, wanted in zip(predictions, labels, strict=True)
         ]
         return truth, found
+
+    def label_scores(self, predictions: Array, labels: Array) -> tuple[LabelScore, ...]:
+        truth, found = self.tags(predictions, labels)
+        return entity_scores(found, truth, self.labels)
+
+    def examples(self, base: TaskBase, predictions: Array, labels: Array) -> tuple[Example, ...]:
+        del base
+        truth, found = self.tags(predictions[:NUM_EXAMPLES], labels[:NUM_EXAMPLES])
+        rows = zip(self.rows.valid, truth, found, strict=False)
+        return tuple(Example(" ".join(row.words), " ".join(wanted), " ".join(tags)) for row, wanted, tags in rows)
 
     def class_counts(self) -> ClassCounts | None:
         return self._counts
