@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import EvalPrediction, PrinterCallback, Trainer, TrainingArguments
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import TrainerCallback
 
 from lora_runtime.train.checkpoints import RunFolder
@@ -26,7 +26,7 @@ from lora_runtime.train.processes import Process
 from lora_runtime.train.progress import EvalReport, TrainObserver
 from lora_runtime.train.settings import Precision, Schedule, TrainSettings
 from lora_runtime.train.task_base import TaskBase
-from lora_runtime.train.tasks.api import Array, Encoded, TrainTask
+from lora_runtime.train.tasks.api import Array, Batch, Encoded, TrainTask
 from lora_runtime.train.watcher import OTHERS, Watcher
 
 _WEIGHTS_FILE = "adapter_state.safetensors"  # of a checkpoint
@@ -77,6 +77,10 @@ class Fitting:
             settings.optim.patience,
             folder.keeps,
         )
+
+        def collate(rows: list[dict[str, Any]]) -> Batch:
+            return task.collate(base, rows)
+
         self._trainer = _TaskTrainer(
             task,
             self._watcher,
@@ -84,13 +88,14 @@ class Fitting:
             args=_arguments(settings, self.num_steps, folder, device, process, task.eval_rows_at_once),
             train_dataset=encoded.train.rows,
             eval_dataset=encoded.valid.rows,
-            data_collator=lambda rows: task.collate(base, rows),
+            data_collator=collate,
             compute_metrics=self._score,
             callbacks=_callbacks(settings, process, self._watcher),
             optimizers=(make_optimizer(adapter, settings.optim), None),
         )
         self._task = task
         self._base = base
+        self._valid: Any = encoded.valid.rows  # a list has all that the Trainer asks of a data set
         self._trainer.remove_callback(PrinterCallback)
         if settings.optim.schedule is Schedule.REDUCE_ON_PLATEAU:
             groups = self._trainer.create_optimizer().param_groups
@@ -100,7 +105,7 @@ class Fitting:
     def baseline(self) -> dict[str, float]:
         """Metrics of the base alone, before training: every B is zero, or takes back what was taken out of the base."""
         with torch.random.fork_rng():
-            found = self._trainer.predict(self._trainer.eval_dataset, metric_key_prefix="base").metrics or {}
+            found = self._trainer.predict(self._valid, metric_key_prefix="base").metrics or {}
             metrics = {name.removeprefix("base_"): float(value) for name, value in found.items()}
             return {name: metrics[name] for name in metrics if name not in OTHERS} | self._task.sample(
                 self._model, self._base
@@ -118,7 +123,7 @@ class Fitting:
         watcher = self._watcher
         best = watcher.restore_best(self._model)
         if watcher.best_predictions is None:  # the best pass was before the interruption
-            self._trainer.predict(self._trainer.eval_dataset)
+            self._trainer.predict(self._valid)
             watcher.best_predictions = watcher.last_predictions
         assert watcher.best_predictions is not None
         history = watcher.history

@@ -93,8 +93,10 @@ def load_task_base(settings: TrainSettings, shape: TaskShape, device: torch.devi
         del model  # it was there for its fingerprint
         options = quantisation_of(settings.optim, trained_whole, device)
         model, _ = _load_model(settings.base, shape, options)
+    elif settings.optim.precision is Precision.BF16:
+        model.bfloat16()
     else:
-        model.to(dtype=torch.bfloat16 if settings.optim.precision is Precision.BF16 else torch.float32)
+        model.float()
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.use_cache = False  # keys and values are for texts that go on
     if settings.optim.gradient_checkpointing:

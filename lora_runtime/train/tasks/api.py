@@ -61,7 +61,7 @@ class TrainTask(ABC):
     """
 
     kind: ClassVar[Task]
-    target_kind: ClassVar[TargetKind]
+    target_kind: TargetKind
     selection: tuple[str, bool]  # the metric that the best pass is chosen by, and whether more is better
     labels: tuple[str, ...] = ()
     problem_type: ProblemType | None = None
