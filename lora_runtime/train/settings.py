@@ -192,7 +192,7 @@ class TrainSettings:
     def base_name(self) -> str:
         """A hub name as it is; of a folder its last part, so that no path of this machine is published."""
         path = Path(self.base)
-        return self.run.base_name or (path.resolve().name if path.is_dir() else self.base)
+        return self.run.base_name or (path.resolve().name if path.exists() else self.base)
 
     def changed(self, **values: Any) -> TrainSettings:
         """The same run with other values, each put into the group whose field it names."""

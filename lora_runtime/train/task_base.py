@@ -17,9 +17,11 @@ from transformers.utils import logging as transformers_logging
 from lora_runtime.adapters.fingerprint import fingerprint_base
 from lora_runtime.adapters.metadata import BaseFingerprint
 from lora_runtime.errors import BaseModelUnsupported, InvalidRequest, first_line
+from lora_runtime.model.checkpoint import Source, resolve_source
 from lora_runtime.model.encoder_text import TextEncoder
 from lora_runtime.model.gguf_file import SUFFIX as GGUF_SUFFIX
 from lora_runtime.model.skeleton import is_decoder
+from lora_runtime.train.gguf_base import load_gguf_base
 from lora_runtime.train.quantized import quantisation_of
 from lora_runtime.train.settings import BaseBits, Precision, TrainSettings
 
@@ -78,8 +80,15 @@ def load_task_base(settings: TrainSettings, shape: TaskShape, device: torch.devi
     Raises BaseModelUnsupported when the base cannot be loaded, lacks weights of its own, or is an encoder-decoder,
     whose adapters do not carry their head; InvalidRequest where the length or the precision cannot be had.
     """
-    _check_place(settings.base)
-    model, missing = _load_model(settings.base, shape, {"dtype": "auto"})
+    source = _check_place(settings.base)
+    if source.gguf_file is not None:
+        if settings.optim.quantize is not BaseBits.NONE:
+            raise InvalidRequest("quantize", "a GGUF file's weights are rounded already; leave it out")
+        model, missing, tokenizer = load_gguf_base(source, shape)
+        _prepare_tokenizer(tokenizer, settings.base)
+    else:
+        model, missing = _load_model(settings.base, shape, {"dtype": "auto"})
+        tokenizer = _load_tokenizer(settings.base)
     if model.config.is_encoder_decoder:
         raise BaseModelUnsupported(f"base {settings.base!r} is an encoder-decoder, which is not served yet")
     decoder = is_decoder(model.config)
@@ -88,7 +97,6 @@ def load_task_base(settings: TrainSettings, shape: TaskShape, device: torch.devi
         raise BaseModelUnsupported(f"base {settings.base!r} {message}")
     trained_whole = _modules_to_train(model, missing, shape, settings.base)
     fingerprint = fingerprint_base(model.base_model, model.config)
-    tokenizer = _load_tokenizer(settings.base)
     if settings.optim.quantize is not BaseBits.NONE:
         del model  # it was there for its fingerprint
         options = quantisation_of(settings.optim, trained_whole, device)
@@ -113,20 +121,14 @@ def _checkpoint_gradients(model: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
 
 
-def _check_place(base: str) -> None:
+def _check_place(base: str) -> Source:
     path = Path(base)
     local = path.is_dir()
-    if base.lower().endswith(GGUF_SUFFIX) or (local and _is_gguf_alone(path)):
-        message = "is a GGUF file, whose weights are rounded; train on the original checkpoint"
-        raise BaseModelUnsupported(f"base {base!r} {message}")
     if local and (path / "adapter_config.json").exists():
         raise BaseModelUnsupported(f"base {base!r} holds an adapter; name the model that it was trained on")
-    if not local and (base.startswith((".", "/", "~")) or base.count("/") > 1):
+    if not local and path.suffix.lower() != GGUF_SUFFIX and (base.startswith((".", "/", "~")) or base.count("/") > 1):
         raise BaseModelUnsupported(f"base {base!r} is not a folder")
-
-
-def _is_gguf_alone(folder: Path) -> bool:
-    return not (folder / "config.json").exists() and any(folder.glob(f"*{GGUF_SUFFIX}"))
+    return resolve_source(base)
 
 
 def _load_model(base: str, shape: TaskShape, options: dict[str, Any]) -> tuple[PreTrainedModel, set[str]]:
@@ -150,12 +152,17 @@ def _load_tokenizer(base: str) -> Tokenizer:
         tokenizer = cast(Tokenizer, AutoTokenizer.from_pretrained(base, local_files_only=Path(base).is_dir()))
     except _UNREADABLE as error:
         raise BaseModelUnsupported(f"base {base!r} has no usable tokenizer: {first_line(error)}") from error
+    _prepare_tokenizer(tokenizer, base)
+    return tokenizer
+
+
+def _prepare_tokenizer(tokenizer: Tokenizer, base: str) -> None:
+    """Padding on the right, with the end token where there is none for it."""
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise BaseModelUnsupported(f"base {base!r} has no token to pad with; set pad_token in its tokenizer")
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
-    return tokenizer
 
 
 def _modules_to_train(model: PreTrainedModel, missing: set[str], shape: TaskShape, base: str) -> tuple[str, ...]:
