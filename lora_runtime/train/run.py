@@ -93,7 +93,7 @@ class _Run:
             start_from(settings.lora.start_from, self._adapter, task, self._base)
 
     def fit(self) -> tuple[TrainPlan, Fitted]:
-        if self._process.is_first:
+        if self._process.is_first and self._work.keeps:
             self._work.begin(_identity(self._settings, self._encoded, self._process))
         if self._settings.lora.init is Init.EVA and self._work.checkpoint() is None:
             self._look_at_data()
@@ -132,7 +132,8 @@ class _Run:
         """EVA's batches: the training rows once, in their order, without labels."""
         rows, size = self._encoded.train.rows, self._settings.optim.batch_size
         batches = [self._task.collate(self._base, rows[at : at + size]) for at in range(0, len(rows), size)]
-        self._adapter.model.to(self._device)
+        if next(self._adapter.model.parameters()).device != self._device:  # a base in few bits is there already
+            self._adapter.model.to(self._device)
         names = {"input_ids", "attention_mask", "token_type_ids"}
         initialise_by_data(self._adapter, [{name: batch[name] for name in names if name in batch} for batch in batches])
 

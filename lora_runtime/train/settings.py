@@ -211,7 +211,7 @@ class TrainSettings:
     def decisive(self) -> Mapping[str, str]:
         """What decides the outcome, by field, as text: two runs that differ here cannot continue one another."""
         ignored = {"out", "overwrite", "resume", "keep_checkpoints", "tensorboard", "threads", "report", "base_name"}
-        found = {"base": self.base, "kind": type(self.task).__name__}
+        found = {"base": str(self.base), "kind": type(self.task).__name__}
         for group in (self.task, self.data, self.run, self.lora, self.optim):
             found |= {param.name: str(getattr(group, param.name)) for param in fields(group)}
         return {name: value for name, value in found.items() if name not in ignored}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import signal
 import threading
 from collections.abc import Callable, Generator
@@ -23,7 +24,7 @@ INTERRUPTED = 130  # as shells report SIGINT
 
 def run_command(make_settings: Callable[[], TrainSettings]) -> None:
     """Train, and leave by typer.Exit: 1 when the run is refused, 130 when it was interrupted."""
-    errors = Console(stderr=True)
+    errors = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")  # one of several processes speaks
     try:
         settings = make_settings()
         _require_training_extra()
@@ -34,18 +35,24 @@ def run_command(make_settings: Callable[[], TrainSettings]) -> None:
 
 
 def _run(settings: TrainSettings, errors: Console) -> None:
-    from lora_runtime.train.processes import this_process  # seconds of torch, for this command alone
+    from torch import OutOfMemoryError
+
+    from lora_runtime.train.processes import leave_processes, this_process  # seconds of torch, for this command alone
     from lora_runtime.train.run import train
 
     process = this_process()
-    errors.quiet = not process.is_first
     console = Console(quiet=not process.is_first)
     try:
         with TrainProgress(console, settings) as progress, _interruptible(progress, alone=process.count == 1):
             report = train(settings, progress)
+    except OutOfMemoryError as error:
+        remedy = "lower --batch-size and raise --gradient-accumulation, or try --gradient-checkpointing"
+        _say(errors, f"[bold red]error:[/] the device is out of memory; {escape(remedy)}")
+        raise typer.Exit(1) from error
     except KeyboardInterrupt:
         _say(errors, f"[bold]interrupted:[/] {escape(_what_is_kept(settings.run.out))}")
         raise typer.Exit(INTERRUPTED) from None
+    leave_processes(process)
     if process.is_first:
         print_summary(console, report)
 
