@@ -91,7 +91,7 @@ READER = Case(
     ),
 )  # fmt: skip
 
-_TATOEBA = Part("tatoeba_en_zh/train.tsv", 1200)
+_TATOEBA = Part("tatoeba_en_zh/train.tsv", 1000)
 _TATOEBA_VALID = Part("tatoeba_en_zh/valid.tsv", 50)
 PROMPT = "English: {text} Chinese:"
 EN_ZH = Case(
