@@ -62,9 +62,8 @@ class TrainProgress:
         lora = self._settings.lora
         form = "".join(f" {name}" for name in ("rslora", "dora") if getattr(lora, name))
         scope = f"rank {lora.rank}{form} on {', '.join(plan.target_modules)}"
-        self._say(
-            f"{plan.num_parameters:,} trainable parameters: {scope}{', and the head' if plan.task in _WITH_HEAD else ''}"
-        )
+        head = ", and the head" if plan.task in _WITH_HEAD else ""
+        self._say(f"{plan.num_parameters:,} trainable parameters: {scope}{head}")
         if plan.baseline:
             self._say(f"{plan.baseline_of}, for comparison: {describe_metrics(plan.baseline)}")
         if plan.num_processes > 1 or plan.device != "cpu":
