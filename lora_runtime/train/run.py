@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import math
 import random
 import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -114,13 +116,14 @@ class _Run:
 
     def write(self, folder: Path, plan: TrainPlan, fitted: Fitted, started: float) -> None:
         best = fitted.best
+        metrics = {**best.metrics, "loss": best.valid_loss, "epoch": best.epoch}
         metadata = AdapterMetadata(
             task=self._task.kind,
             max_length=self._settings.data.max_length,
             pad_token_id=self._base.pad_token_id,
             base_model_name=self._settings.base_name,
             base=self._base.fingerprint,
-            metrics={**best.metrics, "loss": best.valid_loss, "epoch": best.epoch},
+            metrics={name: value for name, value in metrics.items() if math.isfinite(value)},  # JSON has no others
             **self._task.metadata(self._base),
         )
         write_adapter(folder, self._adapter, metadata)
@@ -130,12 +133,30 @@ class _Run:
 
     def _look_at_data(self) -> None:
         """EVA's batches: the training rows once, in their order, without labels."""
-        rows, size = self._encoded.train.rows, self._settings.optim.batch_size
-        batches = [self._task.collate(self._base, rows[at : at + size]) for at in range(0, len(rows), size)]
+        parts = self._parts(2 * self._settings.lora.rank)
+        batches = [self._task.collate(self._base, rows) for rows in parts]
         if next(self._adapter.model.parameters()).device != self._device:  # a base in few bits is there already
             self._adapter.model.to(self._device)
         names = {"input_ids", "attention_mask", "token_type_ids"}
         initialise_by_data(self._adapter, [{name: batch[name] for name in names if name in batch} for batch in batches])
+
+    def _parts(self, min_tokens: int) -> list[list[dict[str, Any]]]:
+        """Training rows in batches of at least so many tokens; what is left over goes into the last."""
+        parts: list[list[dict[str, Any]]] = [[]]
+        num_tokens = 0
+        for row in self._encoded.train.rows:
+            if len(parts[-1]) >= self._settings.optim.batch_size and num_tokens >= min_tokens:
+                parts.append([])
+                num_tokens = 0
+            parts[-1].append(row)
+            num_tokens += self._task.num_tokens(row)
+        if num_tokens < min_tokens:
+            rest = parts.pop()
+            if not parts:
+                message = f"eva needs {min_tokens} tokens of training rows for this rank; there are {num_tokens}"
+                raise InvalidRequest("init", f"{message}; lower the rank, or choose another beginning")
+            parts[-1] += rest
+        return parts
 
     def _plan(self, fitting: Fitting) -> TrainPlan:
         task, encoded = self._task, self._encoded
