@@ -1,4 +1,4 @@
-"""The bases of the recipes: those that come inside packages, and a small GPT-2 of random weights."""
+"""The bases of the recipes: those that come inside packages, and a small GPT-2 whose layers are random."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import importlib.util
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, GPT2Config, GPT2Model
+from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2Model
 
-GPT2_SIZE = {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 128}
+GPT2_SIZE = {"n_layer": 2, "n_head": 6, "n_positions": 128, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
 class BaseMissing(Exception):
@@ -22,20 +22,24 @@ def minilm(work: Path) -> Path:
 
 
 def gpt2(work: Path) -> Path:
-    """A GPT-2 of random weights under MiniLM's tokenizer: GPT-2's architecture, and nothing that it knows."""
-    folder = work / "bases" / "gpt2-random"
+    """A GPT-2 of two layers of random weights over MiniLM's tokenizer and word vectors: the architecture, no more."""
+    folder = work / "bases" / "gpt2-small"
     if not (folder / "config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(minilm(work))
+        words = AutoModel.from_pretrained(minilm(work)).get_input_embeddings().weight.detach()
         torch.manual_seed(0)
         config = GPT2Config(
             vocab_size=len(tokenizer),
+            n_embd=words.shape[1],
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.cls_token_id,
             eos_token_id=tokenizer.sep_token_id,
             **GPT2_SIZE,
         )
+        model = GPT2Model(config)
+        model.wte.weight.data.copy_(words)
         tokenizer.save_pretrained(folder)
-        GPT2Model(config).save_pretrained(folder)
+        model.save_pretrained(folder)
     return folder
 
 
@@ -49,7 +53,7 @@ def smollm2(work: Path) -> Path:
 BASES = {"minilm": minilm, "gpt2": gpt2, "smollm2": smollm2}
 TITLES = {
     "minilm": "all-MiniLM-L6-v2 (BERT, 22M)",
-    "gpt2": "a small GPT-2 of random weights",
+    "gpt2": "a GPT-2 of 2 random layers over MiniLM's word vectors",
     "smollm2": "SmolLM2-135M-Instruct (Llama; a GGUF file, dequantised)",
 }
 

@@ -62,10 +62,10 @@ NEWS_GPT2 = Case(
     (
         _step(
             "classify", "news-gpt2", "{data}/ag_news/train.csv", "{data}/ag_news/valid.csv",
-            epochs=2, batch_size=32, max_length=48, learning_rate=3e-3, rank=16, threads=1,
+            epochs=1, batch_size=16, max_length=32, learning_rate=3e-3, threads=1,
         ),
     ),
-    (Test("ag_news/test.csv", at_least=(("accuracy", 0.5),)),),
+    (Test("ag_news/test.csv", at_least=(("accuracy", 0.8),)),),
 )  # fmt: skip
 
 _SQUAD = Part("squad1/train.json", 1500)

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer
 
+from lora_runtime.adapters.metadata import read_metadata
 from lora_runtime.types import TokenSequence
 from server.pb.multilora.v1 import inference_pb2
 from tests.generation import GenerateOracle, make_generator
@@ -21,7 +22,6 @@ from tests.recipes.rows import Row
 
 LIMIT = 1e-4  # relative to PEFT's own
 NEW_TOKENS = 24
-SHORT = 44  # tokens that no classifier of the recipes cuts
 WINDOW = 192  # tokens that the readers read at once
 _ALONE = 8  # rows of a request: small ones, so that those of all adapters meet in batches
 _LONGEST_ANSWER = 30
@@ -61,12 +61,14 @@ class Mixed:
         self._live = live
         self._base = base
         self._tokenizer = AutoTokenizer.from_pretrained(base)
+        self._limit: int = AutoConfig.from_pretrained(base).max_position_embeddings
         self._asked: list[list[tuple[Any, Any, Callable[[Any], float]]]] = []  # of each adapter: stub, request, check
 
     def classify(self, name: str, folder: Path, num_labels: int, rows: Sequence[Row]) -> None:
         oracle = TaskOracle(self._base, folder, "SEQ_CLS", num_labels=num_labels)
-        rows = [row for row in rows if self._length(row) <= SHORT]
-        want = [oracle.answer(self._sequence(row)) for row in rows]
+        metadata = read_metadata(folder)
+        limit = (metadata and metadata.max_length) or self._limit
+        want = [oracle.answer(self._sequence(row, limit)) for row in rows]
         stub = self._live.stub.Classify
         self._asked.append(
             [
@@ -78,7 +80,7 @@ class Mixed:
     def answer(self, name: str, folder: Path, rows: Sequence[Row]) -> None:
         """Contexts of one window each, so that PEFT sees what the server sees."""
         oracle = TaskOracle(self._base, folder, "QUESTION_ANS")
-        rows = [row for row in rows if self._length(row) <= WINDOW]
+        rows = [row for row in rows if self._sequence(row).num_tokens <= WINDOW]
         want = [self._best_span(oracle, row) for row in rows]
         stub, options = self._live.stub.AnswerQuestion, {"max_answer_tokens": _LONGEST_ANSWER}
         self._asked.append(
@@ -112,11 +114,9 @@ class Mixed:
             "largest_difference": largest,
         }
 
-    def _length(self, row: Row) -> int:
-        return self._sequence(row).num_tokens
-
-    def _sequence(self, row: Row) -> TokenSequence:
-        encoding = self._tokenizer(row.text, row.context or None)
+    def _sequence(self, row: Row, limit: int | None = None) -> TokenSequence:
+        """The row's tokens; where there is a limit, cut as a tokenizer cuts."""
+        encoding = self._tokenizer(row.text, row.context or None, truncation=limit is not None, max_length=limit)
         types = encoding.get("token_type_ids")
         return TokenSequence(tuple(encoding.input_ids), None if types is None else tuple(types))
 
