@@ -82,11 +82,11 @@ READER = Case(
         _step(
             "answer", "reader-medical", "{data}/bioasq_factoid/train.json", "{data}/bioasq_factoid/valid.json",
             "--start-from", "{work}/reader-wikipedia",
-            epochs=3, batch_size=12, max_length=192, learning_rate=1e-3, threads=1,
+            epochs=2, batch_size=12, max_length=192, learning_rate=1e-3, threads=1,
         ),
     ),
     (
-        Test("squad1/test.json", margin=(("f1", 0.05),)),
+        Test("squad1/test.json", 300, margin=(("f1", 0.05),)),
         Test("bioasq_factoid/test.json", margin=(("f1", 0.1), ("exact_match", 0.05))),
     ),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The recipes, end to end: `python -m tests.recipes.run --data DIR --work DIR [--base minilm …]`.
+"""The recipes, end to end: `python -m tests.recipes.run --data DIR --work DIR [--case news …]`.
 
 Trains with the real command, uploads to a real server that already serves others, measures the test splits there,
 compares a mixed batch with PEFT, and writes the figures of what it ran into the result file. What is trained in the
@@ -31,10 +31,12 @@ UNTUNED = "untuned-reader"
 MIXED_ROWS = {"minilm": 48, "gpt2": 48, "smollm2": 6}
 
 
-def run_base(base: str, data: Path, work: Path, threads: int = 2) -> dict[str, Any]:
-    """The cases of one base, by name, and what their server answered in a mixed batch."""
+def run_base(
+    base: str, data: Path, work: Path, threads: int = 2, names: Sequence[str] = tuple(CASES)
+) -> dict[str, Any]:
+    """The cases of one base (those of `names`), and what their server answered in a mixed batch."""
     work.mkdir(parents=True, exist_ok=True)
-    cases = [case for case in CASES.values() if case.base == base]
+    cases = [case for case in CASES.values() if case.base == base and case.name in names]
     folder = BASES[base](work)
     found = {case.name: _trained(case, folder, data, work) for case in cases}
     plain = folder if base != "smollm2" else _dequantised(folder, work)
@@ -160,15 +162,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=os.environ.get("MULTILORA_DATA"), help="or MULTILORA_DATA")
     parser.add_argument("--work", type=Path, required=True, help="where adapters are written")
-    parser.add_argument("--base", choices=sorted(BASES), action="append", help="its cases alone; may be repeated")
+    parser.add_argument("--case", choices=list(CASES), action="append", help="this one alone; may be repeated")
     parser.add_argument("--threads", type=int, default=2, help="of the server")
     parser.add_argument("--out", type=Path, default=RESULT)
     given = parser.parse_args()
     if given.data is None:
         parser.error("needs --data, or MULTILORA_DATA")
     failed = False
-    for base in given.base or BASES:
-        found = run_base(base, Path(given.data).resolve(), given.work.resolve(), given.threads)
+    names = given.case or list(CASES)
+    for base in dict.fromkeys(CASES[name].base for name in names):
+        found = run_base(base, Path(given.data).resolve(), given.work.resolve(), given.threads, names)
         write(found, given.out)
         for name, case in found.items():
             for problem in missed(case):
