@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from tests.recipes.bases import TITLES
+from tests.recipes.cases import CASES, Case
+
 _NUM_EXAMPLES = 3  # of each case
 _WIDTH = 90  # characters of an example's cell
 _PERCENT = {"accuracy": "accuracy", "exact_match": "exact match", "f1": "F1"}
@@ -16,10 +19,15 @@ def training_table(name: str, result: dict[str, Any]) -> str:
     cases = result["cases"]
     lines = ["| adapter | base | test split | untuned base | trained | asked for |", "|---|---|---|---|---|---|"]
     lines += [line for case in cases.values() for line in _figures(case)]
-    lines += ["", "| adapter | given | right | untuned base | trained |", "|---|---|---|---|---|"]
-    lines += [line for adapter, case in cases.items() for line in _examples(adapter, case)]
+    lines += [f"| `{case.name}` | {TITLES[case.base]} | not measured yet | | | |" for case in _missing(cases)]
+    if examples := [line for adapter, case in cases.items() for line in _examples(adapter, case)]:
+        lines += ["", "| adapter | given | right | untuned base | trained |", "|---|---|---|---|---|", *examples]
     lines += ["", _training(cases), "", _served(cases), "", _footnote(name, cases), ""]
     return "\n".join(lines)
+
+
+def _missing(cases: dict[str, Any]) -> list[Case]:
+    return [case for name, case in CASES.items() if name not in cases]
 
 
 def _figures(case: dict[str, Any]) -> Iterator[str]:
