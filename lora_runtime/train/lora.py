@@ -21,6 +21,7 @@ from lora_runtime.train.task_base import TaskBase
 from lora_runtime.train.tasks.api import TaskShape
 
 _INIT: dict[Init, Any] = {Init.DEFAULT: True, Init.PISSA: "pissa", Init.OLORA: "olora", Init.EVA: "eva"}
+MAX_EVA_PASSES, MIN_EVA_BATCHES = 20, 100  # of the training rows, until the directions must have settled
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
@@ -65,6 +66,7 @@ def add_lora(base: TaskBase, shape: TaskShape, settings: TrainSettings) -> Adapt
     choices, model = settings.lora, base.model
     targets = choices.target_modules or layer_linears(model)
     transposed = check_targets(model, targets, base.trained_whole)
+    _check_rank(model, targets, choices)
     if transposed and choices.init is Init.OLORA:
         message = f"olora begins from no transposed layers, as those of {type(model).__name__} are; choose pissa"
         raise InvalidRequest("init", message)
@@ -96,12 +98,27 @@ def add_lora(base: TaskBase, shape: TaskShape, settings: TrainSettings) -> Adapt
 
 
 def initialise_by_data(adapter: Adapter, batches: Sequence[dict[str, Tensor]]) -> None:
-    """EVA: A becomes the principal directions of each site's inputs over `batches`, which have no labels."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="peft")  # of sites that saw too little: they keep PEFT's default
-        initialize_lora_eva_weights(
-            adapter.model, dataloader=batches, gather_distributed_inputs=False, show_progress_bar=False
-        )
+    """EVA: A becomes the principal directions of each site's inputs over `batches`, which have no labels.
+
+    Each batch has more tokens than the rank. Raises InvalidRequest on `init` when the directions do not settle.
+    """
+    left = MAX_EVA_PASSES * len(batches) + MIN_EVA_BATCHES
+
+    def forward(model: nn.Module, batch: dict[str, Tensor]) -> None:
+        nonlocal left
+        if not left:  # PEFT would go round and round
+            message = f"eva's directions did not settle in {MAX_EVA_PASSES} passes over the training rows"
+            raise InvalidRequest("init", f"{message}; lower the rank, or choose another beginning")
+        left -= 1
+        model(**batch)
+
+    initialize_lora_eva_weights(
+        adapter.model,
+        dataloader=batches,
+        forward_fn=forward,
+        gather_distributed_inputs=False,  # every process looks at all rows
+        show_progress_bar=False,
+    )
 
 
 def _prepared_for_bits(model: PreTrainedModel) -> PreTrainedModel:
@@ -131,14 +148,33 @@ def layer_linears(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(sorted(tails - {""}))
 
 
+def _check_rank(model: PreTrainedModel, targets: Sequence[str], choices: LoraChoices) -> None:
+    """A decomposition has no more directions than the narrower side of what is decomposed."""
+    if choices.init is Init.DEFAULT:
+        return
+    for name, module in _matched(model, targets):
+        if isinstance(module, Conv1D):
+            d_in, d_out = (int(size) for size in module.weight.shape)
+        else:
+            d_in, d_out = int(getattr(module, "in_features", 0)), int(getattr(module, "out_features", 0))
+        most = d_in if choices.init is Init.EVA else min(d_in, d_out)
+        if choices.rank > most:
+            raise InvalidRequest("rank", f"is {choices.rank}, and {choices.init} finds at most {most} at {name}")
+
+
+def _matched(model: PreTrainedModel, targets: Sequence[str]) -> list[tuple[str, nn.Module]]:
+    tails = tuple(f".{target}" for target in targets)
+    return [(name, module) for name, module in model.named_modules() if f".{name}".endswith(tails)]
+
+
 def check_targets(model: PreTrainedModel, targets: Sequence[str], trained_whole: Sequence[str]) -> bool:
     """Whether the targets are Conv1D; raises InvalidRequest for one that matches nothing, or the head."""
     kinds: set[bool] = set()
     for target in targets:
-        matched = {name: module for name, module in model.named_modules() if f".{name}".endswith(f".{target}")}
+        matched = _matched(model, (target,))
         if not matched:
             raise InvalidRequest("target_modules", f"{target!r} matches no module of {type(model).__name__}")
-        for name, module in matched.items():
+        for name, module in matched:
             _check_target(target, name, module, trained_whole)
             kinds.add(isinstance(module, Conv1D))
     if len(kinds) > 1:

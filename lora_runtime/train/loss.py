@@ -111,7 +111,7 @@ def _own_function(name: str) -> Loss:
 def _checked(name: str, function: Loss) -> Loss:
     def call(logits: Tensor, targets: Tensor, num_items: Tensor | int) -> Tensor:
         try:
-            value: object = function(logits, targets, num_items)
+            value = cast(Any, function(logits, targets, num_items))
         except Exception as error:  # the user's own code may raise anything
             shapes = f"logits {tuple(logits.shape)}, targets {tuple(targets.shape)}"
             raise InvalidRequest("loss", f"{name} failed on {shapes}: {first_line(error)}") from error

@@ -40,6 +40,12 @@ def wait_for_all(process: Process) -> None:
         torch.distributed.barrier()
 
 
+def leave_processes(process: Process) -> None:
+    """The end of what the processes of a run have in common; no other run can begin here."""
+    if process.count > 1 and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def device_of(choice: DeviceChoice, process: Process) -> torch.device:
     """Where this process computes; raises InvalidRequest on `device` when CUDA was asked for and is absent."""
     num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import math
 import random
 import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from lora_runtime.train.checkpoints import RunFolder, run_folder
 from lora_runtime.train.fitting import Fitted, Fitting
 from lora_runtime.train.folder import staged_folder, write_adapter
 from lora_runtime.train.lora import add_lora, initialise_by_data, num_trainable
+from lora_runtime.train.private.checks import check_private
 from lora_runtime.train.processes import Process, device_of, this_process, wait_for_all
 from lora_runtime.train.progress import SilentObserver, TrainObserver, TrainPlan, TrainReport
 from lora_runtime.train.quantized import check_quantisation
@@ -35,7 +38,7 @@ def train(settings: TrainSettings, observer: TrainObserver | None = None) -> Tra
     """Train one adapter and write its folder: adapter_config.json, adapter_model.safetensors, multilora.json, a report.
 
     The folder appears at once, with the weights of the best pass, or not at all. The same settings, files, versions
-    and number of threads give the same bytes. Raises TrainingDataInvalid, BaseModelUnsupported, or InvalidRequest
+    and number of threads give the same bytes, unless training is private. Raises TrainingDataInvalid, BaseModelUnsupported, or InvalidRequest
     whose field is that of `settings`; what the observer raises passes through.
     """
     started = time.monotonic()
@@ -44,6 +47,7 @@ def train(settings: TrainSettings, observer: TrainObserver | None = None) -> Tra
         observer = None
     device = device_of(settings.optim.device, process)
     check_quantisation(settings.optim.quantize, device)
+    check_private(settings, process)
     _check_tensorboard(settings.run.tensorboard)
     run = settings.run
     staging = staged_folder(run.out, overwrite=run.overwrite) if process.is_first else nullcontext()
@@ -63,6 +67,7 @@ def train(settings: TrainSettings, observer: TrainObserver | None = None) -> Tra
         fitted.step_losses,
         time.monotonic() - started,
         fitted.stopped_early,
+        fitted.privacy,
     )
 
 
@@ -90,7 +95,7 @@ class _Run:
         self._adapter = add_lora(self._base, task.shape, settings)
 
     def fit(self) -> tuple[TrainPlan, Fitted]:
-        if self._process.is_first:
+        if self._process.is_first and self._work.keeps:
             self._work.begin(_identity(self._settings, self._encoded, self._process))
         if self._settings.lora.init is Init.EVA and self._work.checkpoint() is None:
             self._look_at_data()
@@ -111,13 +116,14 @@ class _Run:
 
     def write(self, folder: Path, plan: TrainPlan, fitted: Fitted, started: float) -> None:
         best = fitted.best
+        metrics = {**best.metrics, "loss": best.valid_loss, "epoch": best.epoch}
         metadata = AdapterMetadata(
             task=self._task.kind,
             max_length=self._settings.data.max_length,
             pad_token_id=self._base.pad_token_id,
             base_model_name=self._settings.base_name,
             base=self._base.fingerprint,
-            metrics={**best.metrics, "loss": best.valid_loss, "epoch": best.epoch},
+            metrics={name: value for name, value in metrics.items() if math.isfinite(value)},  # JSON has no others
             **self._task.metadata(self._base),
         )
         write_adapter(folder, self._adapter, metadata)
@@ -127,11 +133,30 @@ class _Run:
 
     def _look_at_data(self) -> None:
         """EVA's batches: the training rows once, in their order, without labels."""
-        rows, size = self._encoded.train.rows, self._settings.optim.batch_size
-        batches = [self._task.collate(self._base, rows[at : at + size]) for at in range(0, len(rows), size)]
-        self._adapter.model.to(self._device)
+        parts = self._parts(2 * self._settings.lora.rank)
+        batches = [self._task.collate(self._base, rows) for rows in parts]
+        if next(self._adapter.model.parameters()).device != self._device:  # a base in few bits is there already
+            self._adapter.model.to(self._device)
         names = {"input_ids", "attention_mask", "token_type_ids"}
         initialise_by_data(self._adapter, [{name: batch[name] for name in names if name in batch} for batch in batches])
+
+    def _parts(self, min_tokens: int) -> list[list[dict[str, Any]]]:
+        """Training rows in batches of at least so many tokens; what is left over goes into the last."""
+        parts: list[list[dict[str, Any]]] = [[]]
+        num_tokens = 0
+        for row in self._encoded.train.rows:
+            if len(parts[-1]) >= self._settings.optim.batch_size and num_tokens >= min_tokens:
+                parts.append([])
+                num_tokens = 0
+            parts[-1].append(row)
+            num_tokens += self._task.num_tokens(row)
+        if num_tokens < min_tokens:
+            rest = parts.pop()
+            if not parts:
+                message = f"eva needs {min_tokens} tokens of training rows for this rank; there are {num_tokens}"
+                raise InvalidRequest("init", f"{message}; lower the rank, or choose another beginning")
+            parts[-1] += rest
+        return parts
 
     def _plan(self, fitting: Fitting) -> TrainPlan:
         task, encoded = self._task, self._encoded
@@ -152,6 +177,7 @@ class _Run:
             selection=task.selection[0],
             device=str(self._device),
             num_processes=self._process.count,
+            privacy=fitting.privacy,
         )
 
 

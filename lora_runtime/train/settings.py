@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_runtime.errors import InvalidRequest
-from lora_runtime.train.tasks.options import TaskOptions
+from lora_runtime.train.private.settings import Privacy
+from lora_runtime.train.tasks.options import ClassifyOptions, TaskOptions
 
 MIN_MAX_LENGTH = 8  # special tokens of a pair and a few of the texts
 MAX_RANK = 256
@@ -189,6 +190,11 @@ class TrainSettings:
             raise InvalidRequest("init", f"{message}; choose default or eva, or keep the base whole")
 
     @property
+    def privacy(self) -> Privacy | None:
+        """Of a classifier that is trained privately."""
+        return self.task.privacy if isinstance(self.task, ClassifyOptions) else None
+
+    @property
     def base_name(self) -> str:
         """A hub name as it is; of a folder its last part, so that no path of this machine is published."""
         path = Path(self.base)
@@ -208,7 +214,7 @@ class TrainSettings:
     def decisive(self) -> Mapping[str, str]:
         """What decides the outcome, by field, as text: two runs that differ here cannot continue one another."""
         ignored = {"out", "overwrite", "resume", "keep_checkpoints", "tensorboard", "threads", "report", "base_name"}
-        found = {"base": self.base, "kind": type(self.task).__name__}
+        found = {"base": str(self.base), "kind": type(self.task).__name__}
         for group in (self.task, self.data, self.run, self.lora, self.optim):
             found |= {param.name: str(getattr(group, param.name)) for param in fields(group)}
         return {name: value for name, value in found.items() if name not in ignored}

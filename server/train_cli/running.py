@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import signal
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -36,7 +38,7 @@ class TrainCommand:
 
 def run_command(make_command: Callable[[], TrainCommand]) -> None:
     """Train, and leave by typer.Exit: 1 when the run is refused or not published, 130 when it was interrupted."""
-    errors = Console(stderr=True)
+    errors = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")  # one of several processes speaks
     try:
         command = make_command()
         _require_training_extra()
@@ -50,44 +52,46 @@ def run_command(make_command: Callable[[], TrainCommand]) -> None:
 
 def _run(command: TrainCommand, errors: Console) -> bool:
     """Whether this process is the first of the run's."""
-    from lora_runtime.train.processes import this_process  # seconds of torch, for this command alone
+    from torch import OutOfMemoryError
+
+    from lora_runtime.train.processes import leave_processes, this_process  # seconds of torch, for this command alone
 
     process = this_process()
-    errors.quiet = not process.is_first
     console = Console(quiet=not process.is_first)
-    train = _train if command.search is None else _search
+    run = _train if command.search is None else _search
     try:
-        train(command, console, process.count == 1)
+        summarise = run(command, console, process.count == 1)
+    except OutOfMemoryError as error:
+        remedy = "lower --batch-size and raise --gradient-accumulation, or try --gradient-checkpointing"
+        _say(errors, f"[bold red]error:[/] the device is out of memory; {escape(remedy)}")
+        raise typer.Exit(1) from error
     except KeyboardInterrupt:
         what = _what_is_kept(command.settings.run.out) if command.search is None else _GO_ON
         _say(errors, f"[bold]interrupted:[/] {escape(what)}")
         raise typer.Exit(INTERRUPTED) from None
+    leave_processes(process)
+    if process.is_first:
+        summarise()
     return process.is_first
 
 
-def _train(command: TrainCommand, console: Console, alone: bool) -> None:
+def _train(command: TrainCommand, console: Console, alone: bool) -> Callable[[], None]:
     from lora_runtime.train.run import train
 
     with TrainProgress(console, command.settings) as progress, _interruptible(progress, alone=alone):
         report = train(command.settings, progress)
-    print_summary(console, report)
+    return partial(print_summary, console, report)
 
 
-def _search(command: TrainCommand, console: Console, alone: bool) -> None:
+def _search(command: TrainCommand, console: Console, alone: bool) -> Callable[[], None]:
     from lora_runtime.train.search.run import search
 
     options, settings = command.search, command.settings
     assert options is not None
+    space = options.space_of(settings)
     with SearchProgress(console) as progress, _interruptible(progress, alone=alone):
-        report = search(
-            settings,
-            options.space_of(settings),
-            options.trials,
-            progress,
-            timeout_s=options.timeout_s,
-            storage=options.storage,
-        )
-    print_search_summary(console, report)
+        report = search(settings, space, options.trials, progress, timeout_s=options.timeout_s, storage=options.storage)
+    return partial(print_search_summary, console, report)
 
 
 @contextmanager

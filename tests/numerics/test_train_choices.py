@@ -95,6 +95,17 @@ def test_eva_begins_with_the_principal_directions_of_the_rows(settings: TrainSet
         assert torch.allclose(a @ a.T, torch.eye(4), atol=1e-3)
 
 
+def test_eva_takes_rows_shorter_than_the_rank_together(
+    settings: TrainSettings, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = settings.changed(init=Init.EVA, rank=24, batch_size=1, epochs=1)
+    train(settings)
+    assert capfd.readouterr() == ("", "")
+    settings.data.train.write_text("".join(settings.data.train.read_text().splitlines(keepends=True)[:6]))
+    with pytest.raises(InvalidRequest, match="eva needs 64 tokens of training rows for this rank; there are"):
+        train(settings.changed(rank=32, overwrite=True))
+
+
 OPTIMISERS: list[dict[str, Any]] = [
     {"optimizer": Optimizer.ADAM, "weight_decay": 0.0, "epochs": 8},
     {"optimizer": Optimizer.LORA_FA, "epochs": 12},
@@ -212,6 +223,8 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"loss": "absent_module:f"}, "loss", "cannot be imported"),
     ({"loss": "json:f"}, "loss", "has no function 'f'"),
     ({"quantize": BaseBits.NF4, "device": DeviceChoice.CPU}, "quantize", "needs a CUDA device"),
+    ({"init": Init.PISSA, "rank": 33}, "rank", "is 33, and pissa finds at most 32"),
+    ({"init": Init.EVA, "rank": 65}, "rank", "is 65, and eva finds at most 32"),
     ({"gradient_checkpointing": True, "max_length": 4096}, "max_length", "the base allows 512"),
 ]
 if not torch.cuda.is_available():
@@ -253,3 +266,24 @@ def test_tensorboard_gets_the_losses(settings: TrainSettings, tmp_path: Path) ->
     train(settings.changed(epochs=1, tensorboard=tmp_path / "board"))
     assert list((tmp_path / "board").glob("events.*"))
     assert {path.name for path in settings.run.out.iterdir()} == FILES
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [BaseBits.NF4, BaseBits.INT8])
+@pytest.mark.parametrize("init", [Init.DEFAULT, Init.EVA])
+def test_a_base_in_few_bits_trains_an_adapter_of_the_whole_base(
+    settings: TrainSettings, bits: BaseBits, init: Init
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    settings = settings.changed(quantize=bits, precision=Precision.BF16, init=init, epochs=6)
+    report = train(settings)
+    accuracy, _ = peft_scores(settings, report.plan.labels)
+    assert report.plan.device == "cuda:0"
+    assert accuracy > report.plan.baseline["accuracy"] + 0.2
+
+
+@pytest.mark.gpu
+def test_a_run_on_the_gpu_is_that_of_the_cpu(settings: TrainSettings, bases: dict[str, str]) -> None:
+    settings = settings.changed(base=bases["steady"], epochs=1, learning_rate=1e-3)
+    wanted = weights_of(settings.changed(device=DeviceChoice.CPU))
+    assert_close(weights_of(settings.changed(device=DeviceChoice.CUDA)), wanted, 1e-4)

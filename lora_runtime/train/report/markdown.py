@@ -25,6 +25,7 @@ def render_markdown(report: RunReport, figure: str) -> str:
         f"# {escape(report.title)}",
         _summary(report),
         _section("Result", _results(report)),
+        *(_section(title, content) for title, content in report.sections.items()),
         f"![Loss and metrics over the run]({figure})",
         _section("History", _history(report)),
         _section("Labels", _labels(report.label_scores)),

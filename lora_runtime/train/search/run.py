@@ -136,6 +136,8 @@ def _check(settings: TrainSettings, space: Space, trials: int, timeout_s: float 
         raise InvalidRequest("resume", "is not for a search, which goes on by itself; leave it out")
     if this_process().count > 1:
         raise InvalidRequest("search", "runs in one process; start it without torchrun")
+    if settings.privacy is not None:
+        raise InvalidRequest("search", "is not for private training: every trial would spend an ε of its own")
     check_space(space, settings)
     check_replaceable(settings.run.out.absolute(), overwrite=settings.run.overwrite)
 

@@ -106,6 +106,10 @@ class TrainTask(ABC):
     def collate(self, base: TaskBase, rows: Sequence[Mapping[str, Any]]) -> Batch:
         """A batch of rows of `Features`."""
 
+    def num_tokens(self, row: Mapping[str, Any]) -> int:
+        """Of a row of `Features`."""
+        return len(row["input_ids"])
+
     def sample(self, model: nn.Module, base: TaskBase) -> dict[str, float]:
         """More metrics, of what the model makes of a few validation rows on its own."""
         del model, base

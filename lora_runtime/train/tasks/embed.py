@@ -84,6 +84,9 @@ class EmbedTask(TrainTask):
         batch = pad_rows(base, [row["texts"][place] for place in places for row in rows])
         return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}
 
+    def num_tokens(self, row: Mapping[str, Any]) -> int:
+        return sum(len(columns["input_ids"]) for columns in row["texts"])
+
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """[k, B, d], k vectors a row: of the text, the positive and the negative."""
         hidden = model(**batch).last_hidden_state.float()

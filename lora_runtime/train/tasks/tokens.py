@@ -69,11 +69,12 @@ class TokensTask(TrainTask):
 
     def _encode(self, rows: Sequence[TokensRow], base: TaskBase) -> Features:
         index = {name: place for place, name in enumerate(self.labels)}
+        encoder = base.encoder
         features: list[dict[str, Any]] = []
         num_truncated = 0
         for row in rows:
             try:
-                (text,) = base.encoder.encode_tokens([" ".join(row.words)], max_length=self._max_length, truncate=True)
+                (text,) = encoder.encode_tokens([" ".join(row.words)], max_length=self._max_length, truncate=True)
             except InvalidRequest as error:
                 raise row.place.invalid(error.description) from error
             firsts = first_tokens(row.words, text.offsets)
