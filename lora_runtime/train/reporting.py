@@ -15,7 +15,7 @@ from lora_runtime.train.task_base import TaskBase
 from lora_runtime.train.tasks.api import TrainTask
 
 _PACKAGES = ("multilora", "torch", "transformers", "peft")
-_ELSEWHERE = frozenset({"base", "kind", "schema"})  # said by the report's other parts, or of no interest
+_ELSEWHERE = frozenset({"base", "kind", "schema", "privacy"})  # said by the report's other parts, or of no interest
 
 
 def run_report(

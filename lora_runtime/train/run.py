@@ -38,8 +38,8 @@ def train(settings: TrainSettings, observer: TrainObserver | None = None) -> Tra
     """Train one adapter and write its folder: adapter_config.json, adapter_model.safetensors, multilora.json, a report.
 
     The folder appears at once, with the weights of the best pass, or not at all. The same settings, files, versions
-    and number of threads give the same bytes, unless training is private. Raises TrainingDataInvalid, BaseModelUnsupported, or InvalidRequest
-    whose field is that of `settings`; what the observer raises passes through.
+    and number of threads give the same bytes, unless training is private. Raises TrainingDataInvalid,
+    BaseModelUnsupported, or InvalidRequest whose field is that of `settings`; what the observer raises passes through.
     """
     started = time.monotonic()
     process = this_process()

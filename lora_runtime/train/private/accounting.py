@@ -1,4 +1,4 @@
-"""Noise from ε and ε from noise: Rényi differential privacy of the subsampled Gaussian mechanism, as Opacus computes it.
+"""Noise from ε and ε from noise: Rényi differential privacy of the sampled Gaussian mechanism, as Opacus computes it.
 
 An upper bound (Mironov 2017; Mironov, Talwar and Zhang 2019). Sound for Poisson samples, which `trainer.py` draws.
 """

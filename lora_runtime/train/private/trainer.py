@@ -85,7 +85,10 @@ class PrivateSteps(Trainer):
         """The Trainer clears the gradients of sums alone."""
         assert self.private_optimizer is not None
         self.private_optimizer.zero_grad(set_to_none=True)
-        return super().training_step(model, inputs, *args, **kwargs)
+        with warnings.catch_warnings():
+            # the inputs of the first layers have no gradient, which the hooks on their outputs do not need
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(
         self,

@@ -43,10 +43,10 @@ def search(
     """Run trials until there are `trials` of them, those of earlier calls included; write the best one's adapter.
 
     A trial is a run of `settings` with values drawn from `space`, compared by the metric of the task's best pass; one
-    worse than the median of those before it is pruned, one that diverges is noted as failed. No trial starts after
-    `timeout_s` seconds. They are kept in `storage`, by default in a hidden folder beside `settings.run.out`: the same
-    call goes on after an interruption, within the trial that was under way, and more `trials` add to a finished one.
-    The same arguments give the same trials, where nothing ended by the clock.
+    worse than the median of those before it is pruned, one that diverges is noted as failed. After `timeout_s` seconds
+    no further trial starts. Trials are kept in `storage`, by default in a hidden folder beside `settings.run.out`: the
+    same call goes on after an interruption, within the trial that was under way, and more `trials` add to a finished
+    search. The same arguments give the same trials, where nothing ended by the clock.
 
     Raises InvalidRequest, on `search` when no trial finished; and what `train` raises for every trial alike.
     """
@@ -60,9 +60,8 @@ def search(
         plan = SearchPlan(space, trials, store.reports(), selection, more_is_better, file)
         observer.on_search(plan)
         one = _Search(settings, plan, store, observer, work)
-        while timeout_s is None or time.monotonic() - started < timeout_s:
-            if not one.next():
-                break
+        while one.next() and (timeout_s is None or time.monotonic() - started < timeout_s):
+            pass
         return one.finish()
 
 
