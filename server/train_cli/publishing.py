@@ -83,11 +83,11 @@ class Publication:
         """How to do later what was not done."""
         at = f" --server {self.server}"
         if registered is None:
-            lines = [f"the adapter stays in {folder}; publish it later:"]
+            lines = [f"the adapter stays in {folder}; when that is mended, publish it:"]
             lines.append(f"  multilora adapters upload {self.name} {folder} --load{at}")
             version = "VERSION"
         else:
-            lines = [f"the adapter stays in {folder}, and the server has it as {registered}; go on:"]
+            lines = [f"the adapter stays in {folder}, and the server has it as {registered}; when that is mended:"]
             lines.append(f"  multilora adapters load {registered}{at}")
             version = registered.rpartition("@")[2]
         if self.alias is not None:
