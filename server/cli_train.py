@@ -36,8 +36,8 @@ train_app = typer.Typer(
 )
 
 
-def _data(text: str, *flags: str, metavar: str | None = None) -> Any:
-    return typer.Option(*flags, help=text, metavar=metavar, rich_help_panel=DATA)
+def _data(text: str, *flags: str, metavar: str | None = None, shown: bool | str = True) -> Any:
+    return typer.Option(*flags, help=text, metavar=metavar, show_default=shown, rich_help_panel=DATA)
 
 
 def _privacy(text: str, *flags: str) -> Any:
@@ -160,7 +160,9 @@ def generate(
 
 @trains(train_app, "translate", max_length=256, epochs=3, batch_size=8, learning_rate=3e-4)
 def translate(
-    template: Annotated[str, _data("The prompt; {text} is the source.")] = TRANSLATE_TEMPLATE,
+    template: Annotated[
+        str, _data("The prompt; {text} is the source.", shown="{text} and a line break")
+    ] = TRANSLATE_TEMPLATE,
     source_column: Annotated[str, _data("The text to translate.")] = "source",
     target_column: Annotated[str, _data("Its translation.")] = "target",
     field: _Fields = None,

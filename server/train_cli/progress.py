@@ -15,6 +15,7 @@ from lora_runtime.train.progress import EvalReport, TrainPlan, TrainReport
 from lora_runtime.train.settings import TrainSettings
 from lora_runtime.types import Task
 
+_WITH_HEAD = frozenset({Task.CLASSIFY, Task.CLASSIFY_TOKENS, Task.ANSWER})
 _LIVE_SHARE = 0.1  # of the newest step in the loss that is shown
 
 
@@ -61,7 +62,8 @@ class TrainProgress:
         lora = self._settings.lora
         form = "".join(f" {name}" for name in ("rslora", "dora") if getattr(lora, name))
         scope = f"rank {lora.rank}{form} on {', '.join(plan.target_modules)}"
-        self._say(f"{plan.num_parameters:,} trainable parameters: {scope}{', and the head' if plan.labels else ''}")
+        head = ", and the head" if plan.task in _WITH_HEAD else ""
+        self._say(f"{plan.num_parameters:,} trainable parameters: {scope}{head}")
         if plan.baseline:
             self._say(f"{plan.baseline_of}, for comparison: {describe_metrics(plan.baseline)}")
         if plan.num_processes > 1 or plan.device != "cpu":
