@@ -25,12 +25,14 @@ from lora_runtime.kernels.grouped_lora.registry import BackendResources, backend
 from lora_runtime.kernels.grouped_lora.triton_backend.capturable import CapturableLora
 from lora_runtime.kv_blocks import KvBlocks
 from lora_runtime.model.base import BaseModel, PackedBackbone
+from lora_runtime.model.buckets import GraphSettings
 from lora_runtime.model.capture import CudaCapture
 from lora_runtime.model.encoder_text import TextEncoder
 from lora_runtime.model.encoders import Encoders
-from lora_runtime.model.graphs import GraphedBackbone, GraphSettings
+from lora_runtime.model.graphs import GraphedBackbone
 from lora_runtime.model.kv_room import kv_blocks_of, kv_cache_for
 from lora_runtime.model.load import load_base
+from lora_runtime.model.paged import PagedLayers
 from lora_runtime.model.placement import Placement, resolve_placement
 from lora_runtime.model.runner import PackedRunner
 from lora_runtime.model.text_generation import DecoderFacts, TextGeneration, decoder_facts
@@ -118,7 +120,8 @@ class Runtime:
         kv = kv_cache_for(model, settings.kv_bytes, settings.kv_block_tokens, MAX_GENERATING)
         blocks = None if kv is None else kv_blocks_of(kv, model)
         self.encoders = Encoders(TextEncoder(model.tokenizer, model.spec.max_length), _decoder(model, blocks))
-        self.runner = PackedRunner(_with_graphs(model, slots, lora, settings), slots, lora, kv)
+        paged = None if kv is None else PagedLayers(kv)
+        self.runner = PackedRunner(_with_graphs(model, slots, lora, settings, paged), slots, lora, paged)
         self.engine = Engine(
             model.spec,
             self.runner,
@@ -356,7 +359,9 @@ def _decoder(model: BaseModel, blocks: KvBlocks | None) -> DecoderFacts | None:
     return replace(facts, max_length=min(facts.max_length, blocks.max_length))
 
 
-def _with_graphs(model: BaseModel, slots: SlotTable, lora: GroupedLora, settings: RuntimeSettings) -> BaseModel:
+def _with_graphs(
+    model: BaseModel, slots: SlotTable, lora: GroupedLora, settings: RuntimeSettings, paged: PagedLayers | None
+) -> BaseModel:
     """The base with its forward captured, on CUDA and where base and backend allow it; else as it is."""
     device = model.placement.device
     if device.type != "cuda" or not settings.graph_bytes:
@@ -366,9 +371,10 @@ def _with_graphs(model: BaseModel, slots: SlotTable, lora: GroupedLora, settings
         logger.warning("base %s: every step runs eagerly, without graphs: %s", model.spec.name, what)
         return model
     graphs = GraphSettings.usual(
-        settings.graph_bytes, settings.token_budget, settings.max_batch_sequences, model.spec.max_length
+        settings.graph_bytes, settings.token_budget, settings.max_batch_sequences, model.spec.max_length, MAX_GENERATING
     )
-    return replace(model, backbone=GraphedBackbone(model.backbone, lora, slots, CudaCapture(device), graphs))
+    capture = CudaCapture(device)
+    return replace(model, backbone=GraphedBackbone(model.backbone, lora, slots, capture, graphs, paged))
 
 
 def _host_tier(settings: RuntimeSettings, placement: Placement) -> RankArena | None:

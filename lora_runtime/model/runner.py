@@ -16,7 +16,6 @@ from lora_runtime.kernels.grouped_lora import CompilingLora, GroupedLora
 from lora_runtime.kv_blocks import BlockCopy
 from lora_runtime.model.base import BaseModel, like_lengths
 from lora_runtime.model.graphs import Eager, GraphedBackbone
-from lora_runtime.model.kv_cache import KvCache
 from lora_runtime.model.paged import PagedLayers
 from lora_runtime.sampling.sampler import Sampler
 from lora_runtime.sampling.tokens import SampledToken
@@ -43,12 +42,14 @@ class Runner(Protocol):
 class PackedRunner:
     """Runs batches on one base; used from the engine thread alone."""
 
-    def __init__(self, base: BaseModel, slots: SlotTable, backend: GroupedLora, kv: KvCache | None = None) -> None:
-        """Without `kv` no row continues a sequence."""
+    def __init__(
+        self, base: BaseModel, slots: SlotTable, backend: GroupedLora, paged: PagedLayers | None = None
+    ) -> None:
+        """Without `paged` no row continues a sequence."""
         self._base = base
         self._slots = slots
         self._backend = backend
-        self._paged = None if kv is None else PagedLayers(kv)
+        self._paged = paged
         self._sampler = Sampler()
 
     def run(self, rows: list[Row]) -> list[Answer]:
