@@ -17,7 +17,8 @@ from lora_runtime.answers.spans import Span, best_spans, supports_no_answer
 from lora_runtime.answers.token_classes import SubwordStrategy, TokenLabel, TokenUnit, label_tokens
 from lora_runtime.answers.vectors import unit_length
 from lora_runtime.arena import RankArena, SlotTable
-from lora_runtime.engine import Engine, EngineSettings
+from lora_runtime.engine import Engine
+from lora_runtime.engine_settings import EngineSettings
 from lora_runtime.errors import InvalidRequest
 from lora_runtime.generation import Delta, Generated, Sample
 from lora_runtime.kernels.grouped_lora import GroupedLora
@@ -84,6 +85,7 @@ class RuntimeSettings:
     prepack: bool = True  # keep reordered copies of the base's projections: faster, and as much memory again
     kv_bytes: int = 1 << 30  # keys and values of sequences that generate; on the CPU, pages are taken as they come
     kv_block_tokens: int | None = None  # of one block of them; None: what attention on the device reads fastest
+    run_ahead: bool | None = None  # launch a step while the one before computes; None: on an accelerator
     prefix_cache: bool = True  # keep those of prompts for others of the same tenant and adapter that begin alike
     gguf_file: str | None = None  # the name of a GGUF file in the base's folder or repository; its weights become fp32
     quantize: str = "none"  # the base's projections: a `Quantization`; has them not prepacked
@@ -135,6 +137,7 @@ class Runtime:
                 MAX_GENERATING,
                 settings.beside_tokens,
                 settings.prefix_cache,
+                placement.device.type != "cpu" if settings.run_ahead is None else settings.run_ahead,
             ),
             host=_host_tier(settings, placement),
             fetcher=fetcher,

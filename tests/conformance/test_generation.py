@@ -95,6 +95,7 @@ def test_texts_of_many_adapters_at_once_are_those_of_each_alone(world: World) ->
             kv_bytes=kv_bytes(world, num_blocks=30),
             kv_block_tokens=BLOCK_TOKENS,
             prefix_cache=prefix_cache,
+            run_ahead=not prefix_cache or num_requests < NUM_REQUESTS,
         )
         check_texts(world, settings, owners, prompts, [0])
 
