@@ -72,6 +72,7 @@ def write_config(folder: Path, values: Mapping[str, object]) -> None:
 
 
 def write_metadata(folder: Path, metadata: AdapterMetadata) -> None:
-    """Write multilora.json with the digests of the config and the weights, which must be there already."""
-    digests = file_digests(folder, (CONFIG_FILE, WEIGHTS_FILE))
+    """Write multilora.json with the digests of the config, the weights, and those files that it names and are there."""
+    named = {name for name in metadata.digests if (folder / name).is_file()}
+    digests = file_digests(folder, {CONFIG_FILE, WEIGHTS_FILE} | named)
     metadata.model_copy(update={"digests": digests}).write(folder)
