@@ -175,6 +175,9 @@ def _told() -> Generator[None]:
     """What went wrong in one line, and exit code 1."""
     try:
         yield
-    except MultiloraError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(error.message)}", soft_wrap=True, highlight=False)
+    except (MultiloraError, OSError) as error:  # a full disk, a file that may not be read
+        message = (
+            error.message if isinstance(error, MultiloraError) else f"{error.filename or 'the disk'}: {error.strerror}"
+        )
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True, highlight=False)
         raise typer.Exit(1) from error

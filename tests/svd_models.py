@@ -59,7 +59,8 @@ FAMILIES: dict[str, tuple[Any, Any, Any, dict[str, Any]]] = {
         AutoModelForCausalLM, LlamaConfig(tie_word_embeddings=False, **_LLAMA), AutoModelForCausalLM, {},
     ),
     "gemma": (
-        AutoModelForCausalLM, Gemma3TextConfig(num_key_value_heads=1, head_dim=16, sliding_window=8, **_LLAMA), AutoModelForCausalLM, {},
+        AutoModelForCausalLM, Gemma3TextConfig(num_key_value_heads=1, head_dim=16, sliding_window=8, **_LLAMA),
+        AutoModelForCausalLM, {},
     ),
 }  # fmt: skip
 

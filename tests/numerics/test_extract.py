@@ -219,6 +219,29 @@ def test_shards_are_read_on_both_sides(tmp_path: Path) -> None:
     assert relative(outputs_of(pair.load_peft(tmp_path / "adapter")), outputs_of(pair.load_tuned())) < 1e-5
 
 
+def test_an_output_layer_that_only_the_tuned_model_has_of_its_own(tmp_path: Path) -> None:
+    """The base ties it to its embedding, as PEFT and the server go on doing."""
+    pair = make_pair(tmp_path, "llama-tied")
+    tuned = pair.load_tuned()
+    tuned.config.tie_word_embeddings = False
+    tuned.lm_head.weight = torch.nn.Parameter(tuned.lm_head.weight + 0.05 * torch.randn(30522, 32))
+    tuned.save_pretrained(pair.tuned)
+    report = extract(pair, tmp_path / "adapter")
+    assert "lm_head" in {site.name for site in report.sites}
+    assert relative(outputs_of(pair.load_peft(tmp_path / "adapter")), outputs_of(pair.load_tuned())) < 1e-5
+
+
+def test_names_of_early_checkpoints_are_understood(pair: Pair, tmp_path: Path) -> None:
+    """BERT's norms were once gamma and beta, and a checkpoint may have the backbone's prefix or not."""
+    early = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    tensors = load_file(pair.base / "model.safetensors")
+    for new, old in early.items():
+        tensors = {f"bert.{key.removeprefix('bert.').replace(new, old)}": value for key, value in tensors.items()}
+    save_file(tensors, pair.base / "model.safetensors", {"format": "pt"})
+    extract(pair, tmp_path / "adapter")
+    assert relative(outputs_of(pair.load_peft(tmp_path / "adapter")), outputs_of(pair.load_tuned())) < 1e-5
+
+
 def test_the_folder_says_what_serving_needs(pair: Pair, tmp_path: Path) -> None:
     config = json.loads((pair.tuned / "config.json").read_text())
     names = {"id2label": {"0": "no", "1": "maybe", "2": "yes"}, "problem_type": "multi_label_classification"}
@@ -340,6 +363,7 @@ def test_the_base_itself_and_unknown_targets_are_refused(tmp_path: Path) -> None
 
 MEASURE = """
 import resource, sys
+sys.modules["peft"] = None  # importing it fails
 from pathlib import Path
 from lora_runtime.svd.extract import extract_adapter
 from lora_runtime.svd.settings import ExtractSettings, RankRule
@@ -351,7 +375,7 @@ for depth in sys.argv[2:]:
 
 
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
-    """Not even at full rank, where the adapter is larger than the model."""
+    """Not even at full rank, where the adapter is larger than the model. Nor is PEFT needed."""
     for depth in (1, 12):
         config = LlamaConfig(
             hidden_size=256, intermediate_size=512, num_hidden_layers=depth, num_attention_heads=4, vocab_size=64,
