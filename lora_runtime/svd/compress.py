@@ -87,7 +87,13 @@ def compress_adapter(settings: CompressSettings, observer: SvdObserver | None = 
         sites,
         sum((plan.folder.home / name).stat().st_size for name in plan.folder.weights),
         tuple(findings.warnings),
-        summarize(sites, num_unchanged=len(sites) - run.num_compressed, num_whole_parameters=rest, num_bytes=num_bytes),
+        summarize(
+            sites,
+            num_unchanged=len(sites) - run.num_compressed,
+            num_parameters=run.writer.num_parameters,
+            num_whole_parameters=rest,
+            num_bytes=num_bytes,
+        ),
         time.monotonic() - started,
     )
 

@@ -70,6 +70,7 @@ def extract_adapter(settings: ExtractSettings, observer: SvdObserver | None = No
         summarize(
             tuple(run.sites),
             num_unchanged=run.num_unchanged,
+            num_parameters=run.writer.num_parameters,
             num_whole_parameters=run.num_whole_parameters,
             num_bytes=num_bytes,
         ),
@@ -187,6 +188,7 @@ class _Extraction:
         linear = [path for path, kind in self.plan.matrices.items() if kind is LeafKind.LINEAR]
         if self.plan.tied_output:
             linear.append(self.tuned.output)
+        linear = [path for path in linear if path not in self.whole]
         changed = [path for path in linear if self._changed(f"{path}.bias")]
         if not changed:
             return

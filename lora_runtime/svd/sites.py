@@ -62,14 +62,14 @@ class Summary:
 
 
 def summarize(
-    sites: tuple[SiteReport, ...], *, num_unchanged: int, num_whole_parameters: int, num_bytes: int
+    sites: tuple[SiteReport, ...], *, num_unchanged: int, num_parameters: int, num_whole_parameters: int, num_bytes: int
 ) -> Summary:
-    """The sums and shares over all sites."""
+    """The sums and shares over all sites; `num_parameters` is all that the weights hold."""
     total = sum(site.norm**2 for site in sites)
     lost = sum((site.error * site.norm) ** 2 for site in sites)
     share = lost / total if total else 0.0
-    parameters = sum(site.rank * sum(site.shape) for site in sites)
-    return Summary(len(sites), num_unchanged, parameters, num_whole_parameters, num_bytes, 1 - share, share**0.5)
+    num_lora = num_parameters - num_whole_parameters
+    return Summary(len(sites), num_unchanged, num_lora, num_whole_parameters, num_bytes, 1 - share, share**0.5)
 
 
 def energy_curve(spectrum: Spectrum, rank: int) -> dict[int, float]:

@@ -21,7 +21,7 @@ from lora_runtime.svd.settings import ExtractSettings, RankRule
 from lora_runtime.train.data import RowSchema, read_examples
 
 DATA = Path(os.environ.get("MULTILORA_DATA", "")) / "ag_news"
-TRAIN_ROWS, TEST_ROWS, BATCH, EPOCHS, MAX_TOKENS = 2000, 600, 16, 2, 40
+TRAIN_ROWS, TEST_ROWS, BATCH, EPOCHS, MAX_TOKENS = 2000, 500, 16, 1, 40
 LABELS = ("Business", "Sci/Tech", "Sports", "World")
 
 
@@ -43,7 +43,7 @@ def fine_tune(base: Path, rows: Rows, out: Path) -> None:
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForSequenceClassification.from_pretrained(base, id2label=dict(enumerate(LABELS))).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)
     steps = EPOCHS * (len(rows.texts) // BATCH)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20) * (1 - step / steps))
     for _ in range(EPOCHS):
