@@ -30,7 +30,7 @@ from lora_runtime.adapters.writing import staged_folder, write_config, write_met
 from lora_runtime.errors import AdapterRejected
 from lora_runtime.svd.layout import rank_fields
 from lora_runtime.svd.settings import CompressSettings, SilentObserver, SvdObserver, torch_threads
-from lora_runtime.svd.sites import SiteReport, Summary, energy_curve, summarize
+from lora_runtime.svd.sites import SiteReport, Summary, energy_curve, natural_order, summarize
 from lora_runtime.svd.spectrum import Spectrum, check_finite, decompose_core
 from lora_runtime.svd.writer import TensorWriter
 
@@ -49,7 +49,7 @@ class CompressReport:
     """What each site lost."""
 
     out: Path
-    sites: tuple[SiteReport, ...]  # those that are compressed and those that stay, by path
+    sites: tuple[SiteReport, ...]  # those that are compressed and those that stay, by path and layer
     num_old_bytes: int  # of the weights as they were
     notes: tuple[str, ...]
     summary: Summary
@@ -120,6 +120,7 @@ class _Compression:
     def all(self, observer: SvdObserver) -> None:
         """Every pair of factors, then all other tensors as they are."""
         adapted = [module for module in self.plan.modules if module.rank is not None]
+        adapted.sort(key=lambda module: natural_order(module.path))
         observer.on_start(len(adapted))
         written: set[str] = set()
         for module in adapted:

@@ -15,6 +15,7 @@ def plot_sites(sites: Sequence[SiteReport], path: Path) -> None:
     """Write a PNG of two panels: energy over rank, a line for each site; relative error over depth."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import StrMethodFormatter
 
     kinds = _kinds(sites)
     figure = Figure(figsize=(13, 5.2), layout="constrained")
@@ -26,12 +27,13 @@ def plot_sites(sites: Sequence[SiteReport], path: Path) -> None:
         left.plot([site.rank], [site.energy], "o", color=colour, markersize=3.5)
     _label(left, "rank", "share of ‖delta‖² kept", "Energy by rank; the dots are the chosen ranks")
     left.set_xscale("log", base=2)
+    left.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))  # 16 instead of 2⁴
     left.set_ylim(0, 1.02)
     for kind, number in kinds.items():
         places = [place for place, site in enumerate(sites) if site.kind == kind]
         errors = [sites[place].error for place in places]
         right.plot(places, errors, "o", color=f"C{number}", markersize=4, label=_legend(kind, kinds))
-    _label(right, "site, in the order of the model", "‖delta − BA‖ / ‖delta‖", "Relative error of each site")
+    _label(right, "site, in the order of the table", "‖delta − BA‖ / ‖delta‖", "Relative error of each site")
     right.set_ylim(bottom=0)
     handles, names = right.get_legend_handles_labels()
     shown = dict(zip(names, handles, strict=True))  # one entry for all kinds that share the last colour

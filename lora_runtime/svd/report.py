@@ -44,7 +44,7 @@ def write_report(report: Report, folder: Path) -> tuple[Path, ...]:
 def _markdown(report: Report, picture: str) -> str:
     extracted = isinstance(report, ExtractReport)
     title = "LoRA extracted from a fine-tuned model" if extracted else "An adapter compressed"
-    parts = [f"# {title}", *(f"- {line}" for line in summary_lines(report)), "", f"![energy by rank]({picture})"]
+    parts = [f"# {title}", "", *(f"- {line}" for line in summary_lines(report)), "", f"![energy by rank]({picture})"]
     header = ["site", "shape", "rank", "energy kept", "relative error", "‖delta‖ / ‖W‖" if extracted else "rank before"]
     parts += ["", "## Sites", "", _table(header, map(site_cells, report.sites))]
     if isinstance(report, ExtractReport):

@@ -84,3 +84,8 @@ def kind_of_path(path: str) -> str:
     pieces = path.split(".")
     last = max((place for place, piece in enumerate(pieces) if piece.isdigit()), default=-1)
     return ".".join(pieces[last + 1 :]) or path
+
+
+def natural_order(path: str) -> list[tuple[int, str]]:
+    """A key that puts layer 2 before layer 10."""
+    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in path.split(".")]

@@ -1,7 +1,7 @@
 """Rank 16 of a model that was fully fine-tuned on real texts keeps its accuracy.
 
 `MULTILORA_DATA=path/to/data pytest -m slow tests/numerics/test_extract_real.py`, where the folder has
-`ag_news/train.csv` and `ag_news/test.csv` with the columns text and label. Five minutes on one core.
+`ag_news/train.csv` and `ag_news/test.csv` with the columns text and label. Three minutes on one core.
 """
 
 from __future__ import annotations
