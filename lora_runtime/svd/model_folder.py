@@ -79,7 +79,9 @@ def open_model(path: Path, role: str) -> ModelFolder:
     """Read a folder's config and the headers of its weights; raises CheckpointRejected with the remedy."""
     place = f"{role} {path}"
     if not path.is_dir():
-        fault = "is a file, not a folder" if path.exists() else "is not a folder: there is none of that name"
+        fault = (
+            "is a file, not a folder" if path.exists() else "is no folder; give that of a model that is on this disk"
+        )
         raise CheckpointRejected(place, fault)
     if (path / ADAPTER_CONFIG_FILE).exists():
         raise CheckpointRejected(place, "holds an adapter, not a whole model; to lower its rank use compress")

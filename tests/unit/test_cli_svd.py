@@ -90,7 +90,7 @@ def test_reports_of_both_commands_are_written(pair: Pair, tmp_path: Path) -> Non
         (("--rank", 4, "--targets", ","), "targets: names nothing"),
         (("--rank", 4, "--task", "generate"), "task: transformers has no class to generate with bert"),
         (("--rank", 4, "--threads", 0), "threads: is 0; it is 1 or more"),
-        (("--rank", 4, "--base", "absent"), "base absent: is not a folder: there is none of that name"),
+        (("--rank", 4, "--base", "absent"), "base absent: is no folder; give that of a model"),
         (("--rank", 4, "--tuned", __file__), "is a file, not a folder"),
     ],
 )

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from lora_runtime.errors import InvalidRequest
 from lora_runtime.svd.layout import rank_fields, target_names, whole_names
 from lora_runtime.svd.settings import RankRule
+from lora_runtime.svd.sites import kind_of_path, natural_order
 from lora_runtime.svd.spectrum import Spectrum, decompose
 from lora_runtime.svd.writer import TensorWriter
 
@@ -136,3 +137,9 @@ def test_a_streamed_file_holds_every_tensor_aligned(tmp_path: Path) -> None:
     )
     assert [path.name for path in tmp_path.iterdir()] == ["adapter_model.safetensors"]
     assert writer.num_parameters == sum(tensor.numel() for tensor in tensors.values())
+
+
+def test_layers_are_sorted_by_number_and_share_a_kind() -> None:
+    paths = ["a.layers.10.q", "a.layers.2.q", "a.layers.2.k", "a.head"]
+    assert sorted(paths, key=natural_order) == ["a.head", "a.layers.2.k", "a.layers.2.q", "a.layers.10.q"]
+    assert [kind_of_path(path) for path in paths] == ["q", "q", "k", "a.head"]
