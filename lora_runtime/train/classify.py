@@ -13,9 +13,10 @@ import torch
 from transformers import set_seed
 
 from lora_runtime.adapters.metadata import AdapterMetadata
+from lora_runtime.adapters.writing import staged_folder
 from lora_runtime.errors import InvalidRequest
 from lora_runtime.train.fitting import EncodedRows, encode, fit, num_steps
-from lora_runtime.train.folder import staged_folder, write_adapter
+from lora_runtime.train.folder import write_adapter
 from lora_runtime.train.metrics import baseline
 from lora_runtime.train.settings import (
     EpochReport,
