@@ -62,7 +62,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     base = build_base(request.param, root, GENERATORS[request.param])
     family = base.family
     adapters: dict[str, Path] = {}
-    for n in range(NUM_ADAPTERS):
+    for n in range(NUM_ADAPTERS if request.param in ALL_REQUESTS else NUM_ADAPTERS // 2):
         targets = list(family.linears if n % 2 else family.attention)
         if n == 5:
             targets.append("lm_head" if hasattr(family, "words") and request.param != "gpt-neox" else "embed_out")
