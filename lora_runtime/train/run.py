@@ -17,10 +17,11 @@ import torch
 from transformers import set_seed
 
 from lora_runtime.adapters.metadata import AdapterMetadata
+from lora_runtime.adapters.writing import staged_folder
 from lora_runtime.errors import InvalidRequest
 from lora_runtime.train.checkpoints import RunFolder, run_folder
 from lora_runtime.train.fitting import Fitted, Fitting
-from lora_runtime.train.folder import staged_folder, write_adapter
+from lora_runtime.train.folder import write_adapter
 from lora_runtime.train.lora import add_lora, initialise_by_data, num_trainable
 from lora_runtime.train.private.checks import check_private
 from lora_runtime.train.processes import Process, device_of, this_process, wait_for_all

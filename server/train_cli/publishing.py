@@ -6,6 +6,8 @@ gRPC is imported when something is published.
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
@@ -131,3 +133,28 @@ def publish_hints() -> dict[str, Any]:
             option.rich_help_panel = PANEL
             hints[name] = Annotated[kind, option]
     return hints
+
+
+def publishes(own: Callable[..., None]) -> Callable[..., None]:
+    """A command that writes an adapter's folder `out`, with the options to publish it when that is done."""
+    signature, publishing = inspect.signature(own), inspect.signature(publish_options).parameters
+    hints = {**get_type_hints(own, include_extras=True), **publish_hints()}
+
+    def command(**values: Any) -> None:
+        try:
+            publication = publish_options(**{name: values.pop(name) for name in publishing})
+        except InvalidRequest as error:
+            typer.echo(f"error: {error.message}", err=True)
+            raise typer.Exit(FAILED) from None
+        own(**values)
+        if publication is not None:
+            publication.publish(own.__name__, values["out"])
+
+    parameters = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[parameter.name])
+        for parameter in (*signature.parameters.values(), *publishing.values())
+    ]
+    command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess] - PEP 362
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    command.__doc__, command.__name__ = own.__doc__, own.__name__
+    return command

@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 from lora_runtime.errors import InvalidRequest
 from lora_runtime.train.settings import TrainSettings
+from server.cli import app
 from server.cli_train import train_app
 from server.control_cli.given import given
 from server.pb.multilora.v1 import adapters_pb2
@@ -21,6 +22,7 @@ from server.train_cli.publishing import Publication, publish_options
 from tests.oracle import PeftOracle, make_adapter
 from tests.service.fake_runtime import write_adapter
 from tests.service.harness import classify_request, running
+from tests.svd_models import make_pair
 from tests.training import make_bases, peft_logits, topics
 
 TEXTS = ["a red cat", "gold and iron", "the blue horse ran", "yellow", "zinc dog"]
@@ -169,3 +171,21 @@ def test_a_name_that_cannot_be_published_is_refused_before_training(settings: Tr
     assert done.exit_code == 1
     assert "publish:" in done.output
     assert not settings.run.out.exists()
+
+
+async def test_an_extracted_adapter_is_published_too(tmp_path: Path) -> None:
+    pair = make_pair(tmp_path / "models", "bert")
+    (tmp_path / "served").mkdir()
+    async with running(
+        tmp_path / "served", base=str(pair.base), real=True, threads=1, state=tmp_path / "state"
+    ) as server:
+        address = f"127.0.0.1:{server.app.port}"
+        models = "--base", str(pair.base), "--tuned", str(pair.tuned), "--out", str(tmp_path / "adapter")
+        arguments = ["extract", *models, "--rank", "4", "--publish", "small", "--server", address]
+        done = await asyncio.to_thread(CliRunner().invoke, app, arguments)
+        assert done.exit_code == 0, done.output
+        reply = await server.adapters.GetAdapter(adapters_pb2.GetAdapterRequest(adapter="small"))
+        assert reply.adapter.state == adapters_pb2.ADAPTER_STATE_READY
+    refused = CliRunner().invoke(app, [*arguments[:-4], "--publish", "small@2"])
+    assert refused.exit_code == 1
+    assert "publish: 'small@2' names a version" in refused.output

@@ -8,9 +8,10 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lora_runtime.adapters.config import CONFIG_FILE
+from lora_runtime.adapters.writing import check_replaceable, staged_folder
 from lora_runtime.errors import InvalidRequest
 from lora_runtime.train.checkpoints import take_lock
-from lora_runtime.train.folder import CONFIG_FILE, check_replaceable, staged_folder
 from lora_runtime.train.processes import this_process
 from lora_runtime.train.run import train
 from lora_runtime.train.search.progress import (
