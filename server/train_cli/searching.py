@@ -133,7 +133,9 @@ class SearchProgress:
         if plan.done:
             best = plan.best(plan.done)
             told = "" if best is None else f", the best of them trial {best.number}: {self._metric(best)}"
-            self._say(f"going on after {len(plan.done)} trials{told}")
+            ended = sum(trial.state is not TrialState.INTERRUPTED for trial in plan.done)
+            within = f", within trial {plan.done[-1].number}" if ended < len(plan.done) else ""
+            self._say(f"going on after {ended} {'trial' if ended == 1 else 'trials'}{told}{within}")
 
     def on_trial(self, number: int, values: Mapping[str, Value]) -> TrainObserver:
         """Name it on the bar; its line at the end has the values."""

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lora_runtime.errors import InvalidRequest
 from lora_runtime.train.metrics.names import metric_of
 from lora_runtime.train.search.progress import SearchReport, TrialReport, TrialState
@@ -21,6 +23,7 @@ _MAX_COLUMNS = 3
 _DPI = 120
 _FINISHED, _PRUNED, _BEST, _LINE = "#1f6fb4", "#9a9a9a", "#d9541e", "#2a8c4a"
 _SPREAD, _GOLDEN = 0.3, 0.618  # points of one listed value lie beside each other, else they hide one another
+_NUM_LOG_TICKS, _LOG_MARGIN = 5, 1.15
 _NUM_TICKED = 8  # up to as many values of a list are written out level
 
 
@@ -76,7 +79,7 @@ def _best_so_far(report: SearchReport) -> tuple[list[int], list[float]]:
 
 
 def _draw_parameter(axes: Axes, report: SearchReport, name: str, values: Range | Choice) -> None:
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import MaxNLocator, NullLocator
 
     trials = [trial for trial in report.trials if name in trial.values]
     if isinstance(values, Choice):
@@ -93,10 +96,16 @@ def _draw_parameter(axes: Axes, report: SearchReport, name: str, values: Range |
         axes.set_xlim(-0.5, len(places) - 0.5)
     else:
         _scatter(axes, report, trials, [float(trial.values[name]) for trial in trials])
-        if values.log:
+        if values.log:  # whatever the span, few ticks with short labels
+            steps = np.geomspace(values.low, values.high, _NUM_LOG_TICKS)
             axes.set_xscale("log")
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.set_xticks(steps, [f"{step:.2g}" for step in steps])
+            axes.set_xlim(values.low / _LOG_MARGIN, values.high * _LOG_MARGIN)
         else:
             axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=values.whole))
+            margin = 0.04 * (values.high - values.low)
+            axes.set_xlim(values.low - margin, values.high + margin)
     axes.set_xlabel(name)
     _finish(axes, report)
 
