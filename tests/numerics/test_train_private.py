@@ -209,7 +209,7 @@ def test_it_learns_what_can_be_learnt_and_tells_what_it_spent(
 ) -> None:
     monkeypatch.setattr(trainer, "secret_generator", lambda device: torch.Generator(device).manual_seed(7))
     write_rows(settings.data.train, 400, 1)
-    settings = private(settings, epsilon=8.0).changed(batch_size=40, epochs=6, learning_rate=5e-2, report=True)
+    settings = private(settings, noise_multiplier=0.9).changed(batch_size=40, epochs=6, learning_rate=5e-2, report=True)
     report = train(settings)
     assert report.best.metrics["accuracy"] > report.plan.baseline["accuracy"] + 0.3
     spent, planned = report.privacy, report.plan.privacy
@@ -219,7 +219,6 @@ def test_it_learns_what_can_be_learnt_and_tells_what_it_spent(
     assert spent.epsilon == pytest.approx(
         opacus_epsilon(spent.noise_multiplier, spent.sample_rate, 60, spent.delta), rel=1e-9
     )
-    assert 7.9 < spent.epsilon <= 8.0
     text = (settings.run.out / "report.md").read_text()
     assert f"| ε | {spent.epsilon:.4g} |" in text
     assert "Poisson, each of 400 rows with probability 0.1 a step" in text
@@ -230,7 +229,7 @@ def test_it_learns_what_can_be_learnt_and_tells_what_it_spent(
 def test_samples_differ_in_size_may_be_empty_and_nobody_can_repeat_them(
     settings: TrainSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_rows(settings.data.train, 30, 1)
+    write_rows(settings.data.train, 20, 1)
     settings = private(settings, noise_multiplier=1.0).changed(batch_size=1, epochs=1)
     sizes: list[list[int]] = []
     silent: list[bool] = []
@@ -252,9 +251,9 @@ def test_samples_differ_in_size_may_be_empty_and_nobody_can_repeat_them(
         train(run)
         weights.append((run.run.out / "adapter_model.safetensors").read_bytes())
     both = [*sizes[0], *sizes[1]]
-    assert len(both) == 60
-    assert 20 < sum(both) < 100  # 60 expected, of a standard deviation of 8
-    assert both.count(0) == len(silent) >= 1  # 22 expected
+    assert len(both) == 40
+    assert 8 < sum(both) < 80  # 40 expected, of a standard deviation of 6
+    assert both.count(0) == len(silent) >= 1  # 14 expected
     assert all(silent)
     assert sizes[0] != sizes[1]
     assert weights[0] != weights[1]
