@@ -180,3 +180,7 @@ def run_server(settings: ServeSettings) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+if __name__ == "__main__":  # torchrun and `accelerate launch` start modules: -m server.cli train …
+    app()

@@ -9,16 +9,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from lora_runtime.answers.tags import entity_spans
 from lora_runtime.types import TokenClassification
 
 if TYPE_CHECKING:  # brings transformers
     from lora_runtime.model.encoder_text import TokenText
 
 Scores = np.ndarray[Any, np.dtype[np.float64]]
-
-OUTSIDE = "O"
-_STARTS = frozenset("BSU")  # begin a new entity whatever came before
-_ENDS = frozenset("ESLU")  # close theirs; E and L stand for one thing in two schemes, as do S and U
 
 
 class TokenUnit(StrEnum):
@@ -54,13 +51,6 @@ class _Piece(NamedTuple):
     start: int
     end: int
     scores: Scores  # [num_labels]
-
-
-class _Tag(NamedTuple):
-    """A label taken apart: `B-PER` is B and PER; a label of no scheme has an empty prefix."""
-
-    prefix: str
-    kind: str
 
 
 def label_tokens(
@@ -119,33 +109,11 @@ def _combine(scores: Scores, strategy: SubwordStrategy) -> Scores:
 
 
 def _entities(words: list[_Piece], labels: Sequence[str]) -> tuple[TokenLabel, ...]:
-    tags = [_tag(label, labels) for label in labels]
-    entities: list[tuple[str, list[_Piece]]] = []
-    kind: str | None = None  # of the entity that the next word may continue
-    for word in words:
-        best = int(word.scores.argmax())
-        if labels[best] == OUTSIDE:
-            kind = None
-            continue
-        tag = tags[best]
-        if tag.kind != kind or tag.prefix in _STARTS:
-            entities.append((tag.kind, []))
-        entities[-1][1].append(word)
-        kind = None if tag.prefix in _ENDS else tag.kind
-    return tuple(_merge(kind, members) for kind, members in entities)
+    best = [labels[int(word.scores.argmax())] for word in words]
+    return tuple(_merge(span.kind, words[span.first : span.end]) for span in entity_spans(best, frozenset(labels)))
 
 
 def _merge(kind: str, words: list[_Piece]) -> TokenLabel:
     scores = np.stack([word.scores for word in words])  # [words, num_labels]
     score = float(scores.max(-1).mean())
     return TokenLabel(words[0].start, words[-1].end, kind, score, tuple(scores.mean(0).tolist()))
-
-
-def _tag(label: str, labels: Sequence[str]) -> _Tag:
-    """BIO, BIOES, BILOU. `S-`, `E-` and the like count only beside a B- or I- of their type: "E-mail" is a label."""
-    prefix, dash, kind = label.partition("-")
-    if dash and kind and len(prefix) == 1:
-        own = prefix in "BI"
-        if own or (prefix in "ESLU" and not {f"B-{kind}", f"I-{kind}"}.isdisjoint(labels)):
-            return _Tag(prefix, kind)
-    return _Tag("", label)

@@ -1,213 +1,235 @@
-"""The training loop: transformers' Trainer, a validation pass an epoch, the best epoch kept in memory."""
+"""The training loop: transformers' Trainer over one task, watched, resumable, with the best pass kept."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
-from transformers import (
-    DataCollatorWithPadding,
-    EvalPrediction,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import EvalPrediction, PrinterCallback, Trainer, TrainingArguments
+from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers.trainer_callback import TrainerCallback
+
+from lora_runtime.train.checkpoints import RunFolder
+from lora_runtime.train.lora import Adapter, adapter_state, restore_state
+from lora_runtime.train.optimizers import (
+    SCHEDULERS,
+    PlateauWarmUp,
+    make_optimizer,
 )
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from lora_runtime.train.processes import Process
+from lora_runtime.train.progress import EvalReport, TrainObserver
+from lora_runtime.train.settings import Precision, Schedule, TrainSettings
+from lora_runtime.train.task_base import TaskBase
+from lora_runtime.train.tasks.api import Array, Batch, Encoded, TrainTask
+from lora_runtime.train.watcher import OTHERS, Watcher
 
-from lora_runtime.errors import InvalidRequest
-from lora_runtime.train.data import Example
-from lora_runtime.train.metrics import SELECTION, Array, score
-from lora_runtime.train.settings import EpochReport, Schedule, TrainObserver, TrainSettings
-from lora_runtime.train.task_model import trainable_state
-from lora_runtime.types import ProblemType
-
-WEIGHT_DECAY = 0.01
-_SCHEDULERS = {
-    Schedule.LINEAR: "linear",
-    Schedule.COSINE: "cosine",
-    Schedule.CONSTANT: "constant_with_warmup",
-}
-_LOSS = "eval_loss"
+_WEIGHTS_FILE = "adapter_state.safetensors"  # of a checkpoint
 
 
 @dataclass(frozen=True, slots=True)
-class EncodedRows:
-    """Tokenised rows for the Trainer, and their targets as `metrics.score` takes them."""
+class Fitted:
+    """A run's end: the model has the weights of `best`."""
 
-    features: list[dict[str, Any]]
-    targets: Array
-    num_truncated: int
-
-
-def encode(
-    rows: Sequence[Example], labels: Sequence[str], tokenizer: Tokenizer, settings: TrainSettings
-) -> EncodedRows:
-    """Tokenise `rows`, cut to `max_length` tokens, the longer text of a pair first."""
-    pairs = [row.text_pair for row in rows if row.text_pair is not None]
-    batch = tokenizer(
-        [row.text for row in rows], pairs or None, truncation="longest_first", max_length=settings.max_length
-    )
-    targets = _targets(rows, labels, settings.schema.problem_type)
-    columns = {name: batch[name] for name in tokenizer.model_input_names if name in batch}
-    features = [
-        {**{name: values[index] for name, values in columns.items()}, "labels": target}
-        for index, target in enumerate(targets.tolist())
-    ]
-    # fast tokenizers keep what they cut off; a slow one does not tell
-    num_truncated = sum(bool(encoding.overflowing) for encoding in batch.encodings or ())
-    return EncodedRows(features, targets, num_truncated)
+    passes: tuple[EvalReport, ...]
+    best: EvalReport
+    step_losses: tuple[float, ...]
+    predictions: tuple[Array, Array]  # of the best pass, and the labels of its rows
+    stopped_early: bool
 
 
-def _targets(rows: Sequence[Example], labels: Sequence[str], problem_type: ProblemType) -> Array:
-    if problem_type is ProblemType.REGRESSION:
-        return np.array([row.value for row in rows], dtype=np.float32)
-    index = {name: place for place, name in enumerate(labels)}
-    if problem_type is ProblemType.SINGLE_LABEL:
-        return np.array([index[row.labels[0]] for row in rows], dtype=np.int64)
-    targets = np.zeros((len(rows), len(labels)), dtype=np.float32)
-    for place, row in enumerate(rows):
-        targets[place, [index[name] for name in row.labels]] = 1.0
-    return targets
+def steps_per_epoch(num_rows: int, settings: TrainSettings, process: Process) -> int:
+    """Optimizer steps of one pass over the training rows."""
+    optim = settings.optim
+    return math.ceil(math.ceil(num_rows / (optim.batch_size * process.count)) / optim.gradient_accumulation)
 
 
-def num_steps(num_rows: int, settings: TrainSettings) -> int:
-    """Optimizer steps of a whole run."""
-    return math.ceil(num_rows / settings.batch_size) * settings.epochs
+class Fitting:
+    """One run's Trainer. Made before training, so that a plan can say what will be trained."""
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        task: TrainTask,
+        base: TaskBase,
+        adapter: Adapter,
+        encoded: Encoded,
+        folder: RunFolder,
+        device: torch.device,
+        process: Process,
+        observer: TrainObserver,
+    ) -> None:
+        self._settings = settings
+        self._model = adapter.model
+        self._folder = folder
+        epoch = steps_per_epoch(len(encoded.train.rows), settings, process)
+        self.num_steps = epoch * settings.optim.epochs
+        self._watcher = Watcher(
+            observer,
+            task.selection,
+            epoch,
+            lambda model: task.sample(model, base),
+            settings.optim.patience,
+            folder.keeps,
+        )
+
+        def collate(rows: list[dict[str, Any]]) -> Batch:
+            return task.collate(base, rows)
+
+        self._trainer = _TaskTrainer(
+            task,
+            self._watcher,
+            model=adapter.model,
+            args=_arguments(settings, self.num_steps, folder, device, process, task.eval_rows_at_once),
+            train_dataset=encoded.train.rows,
+            eval_dataset=encoded.valid.rows,
+            data_collator=collate,
+            compute_metrics=self._score,
+            callbacks=_callbacks(settings, process, self._watcher),
+            optimizers=(make_optimizer(adapter, settings.optim), None),
+        )
+        self._task = task
+        self._base = base
+        self._valid: Any = encoded.valid.rows  # a list has all that the Trainer asks of a data set
+        self._trainer.remove_callback(PrinterCallback)
+        if settings.optim.schedule is Schedule.REDUCE_ON_PLATEAU:
+            groups = self._trainer.create_optimizer().param_groups
+            warmup = round(settings.optim.warmup_ratio * self.num_steps)
+            self._trainer.add_callback(PlateauWarmUp(warmup, [group["lr"] for group in groups]))
+
+    def baseline(self) -> dict[str, float]:
+        """Metrics of the base alone, before training: every B is zero, or takes back what was taken out of the base."""
+        with torch.random.fork_rng():
+            found = self._trainer.predict(self._valid, metric_key_prefix="base").metrics or {}
+            metrics = {name.removeprefix("base_"): float(value) for name, value in found.items()}
+            return {name: metrics[name] for name in metrics if name not in OTHERS} | self._task.sample(
+                self._model, self._base
+            )
+
+    def run(self) -> Fitted:
+        """Train, and leave the model with the weights of the best pass.
+
+        Raises InvalidRequest when no pass has a finite validation loss, KeyboardInterrupt after a last checkpoint.
+        """
+        checkpoint = self._folder.checkpoint()
+        if checkpoint is not None:
+            self._watcher.resume(checkpoint)
+        self._trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        watcher = self._watcher
+        best = watcher.restore_best(self._model)
+        if watcher.best_predictions is None:  # the best pass was before the interruption
+            self._trainer.predict(self._valid)
+            watcher.best_predictions = watcher.last_predictions
+        assert watcher.best_predictions is not None
+        history = watcher.history
+        return Fitted(
+            tuple(history.passes), best, tuple(history.step_losses), watcher.best_predictions, watcher.stopped_early
+        )
+
+    def _score(self, prediction: EvalPrediction) -> dict[str, float]:
+        predictions, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
+        self._watcher.last_predictions = (predictions, labels)
+        return self._task.score(predictions, labels)
 
 
-def fit(
-    model: PeftModel,
-    tokenizer: Tokenizer,
-    train: EncodedRows,
-    valid: EncodedRows,
-    settings: TrainSettings,
-    observer: TrainObserver,
-    work_dir: Path,
-) -> tuple[EpochReport, ...]:
-    """Train, and leave `model` with the weights of the best epoch, the last report whose `best` is true.
+class _TaskTrainer(Trainer):
+    """The Trainer with the task's forward pass and loss, and checkpoints of the adapter's parameters alone."""
 
-    Nothing is written to `work_dir`. Raises InvalidRequest when no epoch has a finite validation loss.
-    """
-    problem_type = settings.schema.problem_type
-    watcher = _EpochWatcher(problem_type, observer)
+    loss_is_scaled_for_ga = True  # every loss is a sum over the step's number of targets
 
-    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        return score(problem_type, np.asarray(prediction.predictions), np.asarray(prediction.label_ids))
+    def __init__(self, task: TrainTask, watcher: Watcher, **options: Any) -> None:
+        # the function makes the Trainer count a step's targets, over accumulated passes and processes
+        super().__init__(compute_loss_func=task.loss, **options)
+        self._task = task
+        self._watcher = watcher
 
-    trainer = Trainer(
-        model=model,
-        args=_arguments(settings, num_steps(len(train.features), settings), work_dir),
-        train_dataset=train.features,  # pyright: ignore[reportArgumentType] - a list has all a Dataset needs
-        eval_dataset=valid.features,  # pyright: ignore[reportArgumentType]
-        data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=compute_metrics,
-        preprocess_logits_for_metrics=_logits_only,
-        callbacks=[watcher],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    watcher.restore_best(model)
-    return tuple(watcher.reports)
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """As the Trainer's own, with what the task makes of a batch in place of a model's outputs."""
+        batch = dict(inputs)
+        labels = batch.pop("labels")
+        logits = self._task.logits(model, batch)
+        count = int((labels != -100).sum()) if num_items_in_batch is None else num_items_in_batch
+        loss = self._task.loss(logits, labels, count)
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over them, targets were summed
+        if return_outputs:
+            return loss, {"predictions": self._task.predict(logits, labels)}
+        self._watcher.add_loss(loss.detach())
+        return loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """The Trainer counts the model's parameters for it in every step, and nobody reads it."""
+        del inputs
+        return 0
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        del state_dict
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(adapter_state(self._bare), folder / _WEIGHTS_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        del model
+        restore_state(self._bare, load_file(Path(resume_from_checkpoint) / _WEIGHTS_FILE))
+
+    @property
+    def _bare(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model)
 
 
-def _arguments(settings: TrainSettings, steps: int, work_dir: Path) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(work_dir),
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=_SCHEDULERS[settings.schedule],
-        warmup_steps=round(settings.warmup_ratio * steps),
-        weight_decay=WEIGHT_DECAY,
-        num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=max(settings.batch_size, 32),
-        eval_strategy="epoch",
-        logging_strategy="epoch",
-        save_strategy="no",
-        seed=settings.seed,
-        data_seed=settings.seed,
-        dataloader_pin_memory=torch.cuda.is_available(),
+def _arguments(
+    settings: TrainSettings, steps: int, folder: RunFolder, device: torch.device, process: Process, eval_rows: int
+) -> TrainingArguments:
+    optim, on_cpu = settings.optim, device.type == "cpu"
+    every = "epoch" if optim.eval_steps is None else "steps"
+    arguments = TrainingArguments(  # gradient checkpointing is the base's: see `task_base.py`
+        output_dir=str(folder.path),
+        learning_rate=optim.learning_rate,
+        lr_scheduler_type=SCHEDULERS[optim.schedule],
+        warmup_steps=round(optim.warmup_ratio * steps),
+        weight_decay=optim.weight_decay,
+        num_train_epochs=optim.epochs,
+        per_device_train_batch_size=optim.batch_size,
+        per_device_eval_batch_size=max(optim.batch_size, eval_rows),
+        gradient_accumulation_steps=optim.gradient_accumulation,
+        bf16=optim.precision is Precision.BF16,
+        eval_strategy=every,
+        logging_strategy=every,
+        save_strategy=every if folder.keeps else "no",
+        eval_steps=optim.eval_steps,
+        save_steps=optim.eval_steps or 500,
+        save_total_limit=2,  # while one is written, another is whole
+        metric_for_best_model="loss",  # what reduce-on-plateau looks at
+        seed=settings.run.seed,
+        data_seed=settings.run.seed,
+        label_names=["labels"],
+        remove_unused_columns=False,
+        dataloader_pin_memory=not on_cpu,
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu and process.count > 1 else None,
+        ddp_find_unused_parameters=False,
         disable_tqdm=True,
         report_to="none",
     )
+    # several devices are for several processes: DataParallel would take them all for one
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # pyright: ignore[reportPrivateUsage]
+    return arguments
 
 
-def _logits_only(logits: Any, _labels: Any) -> Any:
-    """Some models answer (logits, hidden states, …)."""
-    return logits[0] if isinstance(logits, tuple) else logits
+def _callbacks(settings: TrainSettings, process: Process, watcher: Watcher) -> list[TrainerCallback]:
+    if settings.run.tensorboard is None or not process.is_first:
+        return [watcher]
+    from torch.utils.tensorboard import SummaryWriter
 
-
-@dataclass
-class _EpochWatcher(TrainerCallback):
-    """Turns the Trainer's events into reports and keeps a copy of the best epoch's trainable weights."""
-
-    problem_type: ProblemType
-    observer: TrainObserver
-    reports: list[EpochReport] = field(default_factory=list[EpochReport])
-    train_loss: float = math.nan
-    best_key: tuple[float, float] | None = None
-    best_weights: dict[str, torch.Tensor] | None = None
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        del args, control, kwargs  # part of the callback's signature
-        self.observer.on_step(state.global_step)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        del args, state, control, kwargs
-        self.train_loss = float((logs or {}).get("loss", self.train_loss))
-
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: Mapping[str, float] | None = None,
-        model: torch.nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
-        del args, state, control, kwargs
-        assert metrics is not None
-        assert model is not None
-        found = {name: float(metrics[f"eval_{name}"]) for name in _metric_names(self.problem_type)}
-        loss = float(metrics[_LOSS])
-        best = self._is_best(found, loss)
-        if best:
-            self.best_weights = trainable_state(model)
-        report = EpochReport(len(self.reports) + 1, self.train_loss, loss, found, best)
-        self.reports.append(report)
-        self.observer.on_epoch(report)
-
-    def _is_best(self, metrics: Mapping[str, float], loss: float) -> bool:
-        name, more_is_better = SELECTION[self.problem_type]
-        key = (metrics[name] if more_is_better else -metrics[name], -loss)
-        if not math.isfinite(loss) or (self.best_key is not None and key <= self.best_key):
-            return False
-        self.best_key = key
-        return True
-
-    def restore_best(self, model: torch.nn.Module) -> None:
-        if self.best_weights is None:
-            raise InvalidRequest("learning_rate", "the loss was never finite: training diverged; lower it")
-        parameters = dict(model.named_parameters())
-        with torch.no_grad():
-            for name, value in self.best_weights.items():
-                parameters[name].copy_(value)
-
-
-def _metric_names(problem_type: ProblemType) -> tuple[str, ...]:
-    return ("mse", "mae", "pearson") if problem_type is ProblemType.REGRESSION else ("accuracy", "macro_f1")
+    return [watcher, TensorBoardCallback(SummaryWriter(str(settings.run.tensorboard)))]

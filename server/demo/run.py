@@ -20,7 +20,7 @@ from server.demo.share import measure_base_share
 from server.demo.show import print_calls, print_table
 from server.demo.traffic import Stream, classify, load_adapter, mixed_stream
 from server.demo.training import Trained, accuracy, settings_for, train
-from server.train_progress import TrainProgress
+from server.train_cli.progress import TrainProgress
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from lora_runtime.adapters.metadata import read_metadata
-from lora_runtime.train.classify import train_classifier
-from lora_runtime.train.settings import TrainObserver, TrainReport, TrainSettings
+from lora_runtime.train import run
+from lora_runtime.train.progress import TrainObserver, TrainReport
+from lora_runtime.train.settings import DataFiles, LoraChoices, Optimisation, RunSettings, TrainSettings
+from lora_runtime.train.tasks.options import ClassifyOptions
 from server.demo.samples import RECIPES, Sample
 
 
@@ -40,26 +42,23 @@ def adapter_name(sample: Sample) -> str:
 def settings_for(sample: Sample, base: str, folder: Path, threads: int) -> TrainSettings:
     """The sample's own recipe; its training rows are written beside the adapter's folder."""
     recipe = RECIPES[sample.name]
+    out = folder / adapter_name(sample)
     return TrainSettings(
-        base=base,
-        base_name="all-MiniLM-L6-v2",
-        train=sample.write_train_csv(folder),
-        out=folder / adapter_name(sample),
-        rank=recipe.rank,
-        learning_rate=recipe.learning_rate,
-        epochs=recipe.epochs,
-        batch_size=recipe.batch_size,
-        max_length=recipe.max_length,
-        threads=threads,
+        base,
+        ClassifyOptions(),
+        DataFiles(sample.write_train_csv(folder), max_length=recipe.max_length),
+        RunSettings(out, threads=threads, report=False, base_name="all-MiniLM-L6-v2"),
+        LoraChoices(recipe.rank),
+        Optimisation(recipe.learning_rate, epochs=recipe.epochs, batch_size=recipe.batch_size),
     )
 
 
 def train(sample: Sample, settings: TrainSettings, observer: TrainObserver) -> Trained:
     """Train one adapter and measure it under PEFT."""
-    report = train_classifier(settings, observer)
+    report = run.train(settings, observer)
     texts = [row.text for row in sample.test]
     wanted = [row.label for row in sample.test]
-    answers = _peft_answers(settings.base, report.out, texts, settings.max_length)
+    answers = _peft_answers(settings.base, report.out, texts, settings.data.max_length)
     frequent = max(wanted.count(label) for label in sample.labels)
     return Trained(sample, report, accuracy(answers, wanted), frequent / len(wanted))
 

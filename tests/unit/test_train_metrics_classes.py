@@ -6,8 +6,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.metrics import confusion_matrix as sklearn_matrix
+from sklearn.metrics import precision_recall_fscore_support
 
-from lora_runtime.train.metrics import accuracy, baseline, macro_f1, score
+from lora_runtime.train.metrics.classes import (
+    LabelScore,
+    baseline,
+    confusion_matrix,
+    label_scores,
+    macro_f1,
+    score,
+)
 from lora_runtime.types import ProblemType
 
 SINGLE, MULTI, REGRESSION = ProblemType.SINGLE_LABEL, ProblemType.MULTI_LABEL, ProblemType.REGRESSION
@@ -77,4 +86,28 @@ def test_macro_f1_is_the_mean_of_the_labels_own_f1(pairs: list[tuple[int, int]])
     columns = np.arange(5)
     found = macro_f1(predicted[:, None] == columns, truth[:, None] == columns)
     assert found == pytest.approx(sum(scores) / len(scores))
-    assert accuracy(predicted, truth) == pytest.approx(sum(p == t for p, t in pairs) / len(pairs))
+    single = score(SINGLE, np.eye(5)[predicted], truth)
+    assert single == pytest.approx({"accuracy": sum(p == t for p, t in pairs) / len(pairs), "macro_f1": found})
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=40))
+def test_label_scores_and_the_confusion_matrix_are_those_of_scikit_learn(pairs: list[tuple[int, int]]) -> None:
+    predicted, truth = (np.array(column) for column in zip(*pairs, strict=True))
+    logits, names = np.eye(5)[predicted], tuple("abcde")
+    found = label_scores(SINGLE, logits, truth, names)
+    expected = precision_recall_fscore_support(truth, predicted, labels=range(5), zero_division=0)
+    assert [score.label for score in found] == list(names)
+    for place, name in enumerate(("precision", "recall", "f1", "support")):
+        assert [getattr(score, name) for score in found] == pytest.approx(expected[place].tolist())
+    matrix = confusion_matrix(logits, truth)
+    assert matrix.tolist() == sklearn_matrix(truth, predicted, labels=range(5)).tolist()
+
+
+def test_label_scores_of_several_labels_a_row_and_of_a_regression() -> None:
+    logits = np.array([[2.0, -1.0], [-3.0, -1.0], [1.0, 1.0]])
+    truth = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
+    assert label_scores(MULTI, logits, truth, ("x", "y")) == (
+        LabelScore("x", 1 / 2, 1 / 2, 1 / 2, 2),
+        LabelScore("y", 0.0, 0.0, 0.0, 0),
+    )
+    assert label_scores(REGRESSION, np.zeros((2, 1)), np.zeros(2), ("stars",)) == ()

@@ -6,6 +6,8 @@ Macro-F1 is the mean over the labels that occur in the truth or in the predictio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,23 +34,16 @@ def score(problem_type: ProblemType, logits: Array, targets: Array) -> dict[str,
     """
     if problem_type is ProblemType.REGRESSION:
         return _regression(logits.reshape(-1), targets.reshape(-1))
+    predicted, truth = _memberships(problem_type, logits, targets)
+    return {"accuracy": float((predicted == truth).all(axis=1).mean()), "macro_f1": macro_f1(predicted, truth)}
+
+
+def _memberships(problem_type: ProblemType, logits: Array, targets: Array) -> tuple[Array, Array]:
+    """Boolean [N, num_labels] of what is predicted and of what is true."""
     if problem_type is ProblemType.MULTI_LABEL:
-        predicted, truth = logits > 0, targets > 0.5
-        return {
-            "accuracy": float((predicted == truth).all(axis=1).mean()),
-            "macro_f1": macro_f1(predicted, truth),
-        }
+        return logits > 0, targets > 0.5
     columns = np.arange(logits.shape[1])
-    classes = logits.argmax(axis=1)
-    return {
-        "accuracy": accuracy(classes, targets),
-        "macro_f1": macro_f1(classes[:, None] == columns, targets[:, None] == columns),
-    }
-
-
-def accuracy(predicted: Array, truth: Array) -> float:
-    """The share of equal entries of two [N] arrays."""
-    return float((predicted == truth).mean())
+    return logits.argmax(axis=1)[:, None] == columns, targets[:, None] == columns
 
 
 def macro_f1(predicted: Array, truth: Array) -> float:
@@ -84,3 +79,43 @@ def _regression(predicted: Array, truth: Array) -> dict[str, float]:
         "mae": float(np.abs(difference).mean()),
         "pearson": float(covariance / spread) if spread > 0 else 0.0,
     }
+
+
+@dataclass(frozen=True, slots=True)
+class LabelScore:
+    """One label of a table; shares from 0 to 1. A share of nothing is 0, as scikit-learn's `zero_division=0`."""
+
+    label: str
+    precision: float
+    recall: float
+    f1: float
+    support: int  # how often it is true
+
+    @classmethod
+    def of(cls, label: str, hits: int, predicted: int, support: int) -> LabelScore:
+        """From how often the label was right, predicted, and true."""
+        return cls(
+            label,
+            hits / predicted if predicted else 0.0,
+            hits / support if support else 0.0,
+            2 * hits / (predicted + support) if predicted + support else 0.0,
+            support,
+        )
+
+
+def label_scores(
+    problem_type: ProblemType, logits: Array, targets: Array, labels: Sequence[str]
+) -> tuple[LabelScore, ...]:
+    """Every label's own scores, in the head's order, of what `score` takes; () for a regression."""
+    if problem_type is ProblemType.REGRESSION:
+        return ()
+    predicted, truth = _memberships(problem_type, logits, targets)
+    counts = zip((predicted & truth).sum(axis=0), predicted.sum(axis=0), truth.sum(axis=0), strict=True)
+    return tuple(LabelScore.of(label, *map(int, found)) for label, found in zip(labels, counts, strict=True))
+
+
+def confusion_matrix(logits: Array, targets: Array) -> Array:
+    """int64 [num_labels, num_labels] of single-label rows: how often the row's label was answered as the column's."""
+    num_labels = logits.shape[1]
+    cells = targets.astype(np.int64) * num_labels + logits.argmax(axis=1)
+    return np.bincount(cells, minlength=num_labels**2).reshape(num_labels, num_labels).astype(np.int64)
