@@ -1,4 +1,4 @@
-"""The folder of an adapter that PEFT trained."""
+"""The adapter folder of what was trained; `adapters/writing.py` stages and publishes it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ def write_adapter(folder: Path, adapter: Adapter, metadata: AdapterMetadata) -> 
     """
     # save() and write_bytes(), since save_file() leaves a file that only its owner may read
     (folder / WEIGHTS_FILE).write_bytes(save(adapter.tensors(), metadata={"format": "pt"}))
-    names = {"base_model_name_or_path": metadata.base_model_name, "inference_mode": True}
-    write_config(folder, {**adapter.config(), **names})
+    named = {"base_model_name_or_path": metadata.base_model_name, "inference_mode": True}
+    write_config(folder, adapter.config() | named)
     write_metadata(folder, metadata)
