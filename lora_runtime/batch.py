@@ -70,6 +70,7 @@ class CachedRow:
     blocks: Sequence[int]  # of the KV cache, for all tokens up to the row's last
     num_inactive: int = 0  # of the sequence's first tokens, which an aLoRA leaves to the base
     states: tuple[RowState, ...] = ()  # that each draw the token that follows the row's last
+    after: RowState | None = None  # the row's one token is the one that this state drew in the step before
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,6 +60,12 @@ class Continuation:
         """Tokens that no step has taken up."""
         return len(self.tokens) - self.num_scheduled
 
+    @property
+    def ends_with_next(self) -> bool:
+        """Whether the next token is its last, whatever it is."""
+        num_next = len(self._drawn) + 1
+        return len(self.tokens) + 1 >= self._max_length or num_next >= self._generation.params.max_new_tokens
+
     def twins(self) -> list[Continuation]:
         """The other samples of the same prompt; none once a token was drawn."""
         if len(self.tokens) > self.num_prompt:

@@ -95,19 +95,28 @@ class Decoding:
         """Whether sequences of it have begun: it stays in memory until they end."""
         return any(begun.ticket.adapter == adapter for begun in self._begun.values())
 
+    @property
+    def can_run_ahead(self) -> bool:
+        """Whether the next step can be planned while one is under way: nobody has to give way."""
+        return self._refused is None and self.pool.has_blocks(len(self._running) * self.pool.block_tokens)
+
     def next_tokens(self, requeue: Requeue) -> list[Work]:
         """One token of each that runs; `requeue` gets the ticket of each that gives way, and the tokens that are to be
         computed again.
+
+        The token of one whose last is part of a step under way is the one that that step draws, unless it ends there.
         """
         self._make_room(requeue)
         work: list[Work] = []
-        while len(work) < len(self._running):
-            one = self._running[len(work)]
+        for one in tuple(self._running):
+            is_under_way = one.num_left == 0
+            if is_under_way and one.ends_with_next:
+                continue
             while one.table is not None and not self.pool.can_append(one.table):
                 self._preempt_youngest(requeue)
             if one.table is None:  # the youngest itself, so the last of them
                 break
-            appended = self.pool.append_slot(one.table, one.tokens[-1])
+            appended = self.pool.append_slot(one.table, None if is_under_way else one.tokens[-1])
             ticket = self._begun[one].ticket
             work.append(Work(ticket, one.index, one, one.num_scheduled, 1, appended.copy, (one,)))
             one.num_scheduled += 1
@@ -191,6 +200,11 @@ class Decoding:
             if not branch.is_running:
                 branch.is_running = True
                 insort(self._running, branch, key=_order)
+
+    def drew(self, one: Continuation) -> None:
+        """A token of one that goes on is known, which the next step may hold already."""
+        assert one.table is not None
+        self.pool.name_last(one.table, one.tokens[-1])
 
     def end(self, one: Continuation) -> None:
         """Give back what a continuation holds."""

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -23,6 +22,7 @@ from lora_runtime.admitting import check_request
 from lora_runtime.arena import RankArena, SlotTable
 from lora_runtime.batch import Resident
 from lora_runtime.decoding import Decoding, GenerationStats
+from lora_runtime.engine_settings import EngineSettings
 from lora_runtime.errors import (
     AdapterFailed,
     AdapterNotFound,
@@ -33,6 +33,7 @@ from lora_runtime.errors import (
     MultiloraError,
     RequestCancelled,
 )
+from lora_runtime.flight import Flight, Outcome, broken, is_alive
 from lora_runtime.futures import settle
 from lora_runtime.heads import output_of
 from lora_runtime.kv_blocks import KvBlocks
@@ -42,7 +43,6 @@ from lora_runtime.observers import EngineObserver, Observers
 from lora_runtime.planning import Planned, in_row_order
 from lora_runtime.residency import Residency
 from lora_runtime.room import Memory
-from lora_runtime.running import Outcome, broken, run_planned
 from lora_runtime.sampling.tokens import SampledToken
 from lora_runtime.scheduler import Scheduler
 from lora_runtime.shares import Shares
@@ -62,19 +62,6 @@ T = TypeVar("T")
 
 _SWEEP_S = 0.05  # how late a deadline may be noticed while the request waits for its adapter
 _IDLE_WAIT_S = 0.05
-
-
-@dataclass(frozen=True, slots=True)
-class EngineSettings:
-    """Bounds of one engine."""
-
-    token_budget: int = 256  # tokens per step
-    max_batch_sequences: int = 256
-    num_loader_threads: int = 1
-    num_threads: int | None = None  # torch's intra-op threads; None leaves torch's choice
-    max_generating: int = 128  # sequences that generate at once; at most half of either bound above
-    beside_tokens: int | None = None  # most in a step beside sequences that generate; None: what the budget leaves
-    reuse_prefixes: bool = True  # keep the keys and values of prompts for others that begin alike
 
 
 class Engine(AdapterCalls):
@@ -118,7 +105,10 @@ class Engine(AdapterCalls):
             lambda tenant: self._shares.resident_bytes_of(tenant),
         )
         super().__init__(Mailbox(), residency)
-        self._decoding = None if blocks is None else _decoding(blocks, residency, settings)
+        self._decoding = None
+        if blocks is not None:
+            most, reuses = settings.most_generating, settings.reuse_prefixes
+            self._decoding = Decoding(blocks, residency, most, reuse_prefixes=reuses)
         self._scheduler = Scheduler(
             settings.token_budget,
             settings.max_batch_sequences,
@@ -130,6 +120,8 @@ class Engine(AdapterCalls):
         self._drain_until: float | None = None  # set once the engine is draining
         self._swept_at = 0.0
         self._idle = True
+        self._flight: Flight | None = None  # the batch that is under way
+        self._landed_at = 0.0
         self.ended: Future[None] = Future()  # done when the thread ends: with EngineStopped when it failed
 
     # Any thread
@@ -169,6 +161,7 @@ class Engine(AdapterCalls):
         """
 
         def run(future: Future[T]) -> None:
+            self._land()
             try:
                 future.set_result(action())
             except Exception as error:  # noqa: BLE001  it is the caller's, and is raised there
@@ -219,14 +212,33 @@ class Engine(AdapterCalls):
             self._step()
             self._residency.settle(self._scheduler.waiting_since)
             self._want_again()
+        self._land()
 
     def _step(self) -> None:
+        """Launch a batch, then complete the one before, then draw: with the device beside the host, all but the draw
+        is done while the device computes. What ends in a batch is part of the next one too, and dropped there.
+        """
+        if self._decoding is not None and not self._decoding.can_run_ahead:
+            self._land()
         planned = self._schedule()
-        self._idle = not planned.work
-        if planned.work:
-            started = time.monotonic()
-            outcomes = run_planned(self._runner, planned)
-            self._complete(planned, outcomes, time.monotonic() - started)
+        self._idle = not planned.work and self._flight is None
+        flight = Flight(self._runner, planned, self._flight) if planned.work else None
+        self._land()
+        if flight is not None:
+            flight.draw()
+            self._flight = flight
+            if not self._settings.run_ahead or flight.has_failed:
+                self._land()
+
+    def _land(self) -> None:
+        """Complete the batch that is under way, if there is one."""
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            outcomes = flight.land()
+            now = time.monotonic()
+            forward_s = now - max(flight.launched_at, self._landed_at)
+            self._landed_at = now
+            self._complete(flight.planned, outcomes, forward_s)
 
     def _schedule(self) -> Planned:
         work = in_row_order(self._scheduler.schedule(self._residency.is_ready))
@@ -245,7 +257,7 @@ class Engine(AdapterCalls):
             self._residency.release(adapter)
         now = time.monotonic()
         for item, outcome in zip(planned.work, outcomes, strict=True):
-            if not item.ticket.done:
+            if is_alive(item):
                 self._take(item, outcome, planned.residents[item.ticket.adapter], now)
         for ticket in planned.places_of_tickets():
             if len(ticket.outputs) == len(ticket.request.sequences) and not ticket.done:
@@ -279,6 +291,8 @@ class Engine(AdapterCalls):
         try:
             for branch, token in drawn:
                 delta = branch.take(token)
+                if branch.result is None:
+                    self._decoding.drew(branch)
                 if request.generation is not None and request.generation.on_delta is not None:
                     request.generation.on_delta(delta)
         except BaseException as error:  # noqa: BLE001  a tokenizer's, a grammar's or the caller's, some not in Python
@@ -377,8 +391,3 @@ class Engine(AdapterCalls):
     def _from_loader(self, message: LoaderMessage) -> None:
         """Called in a loader thread."""
         self._mailbox.post(lambda: self._residency.handle(message))
-
-
-def _decoding(blocks: KvBlocks, residency: Residency, settings: EngineSettings) -> Decoding:
-    most = max(1, min(settings.max_generating, settings.max_batch_sequences // 2, settings.token_budget // 2))
-    return Decoding(blocks, residency, most, reuse_prefixes=settings.reuse_prefixes)

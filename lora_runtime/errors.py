@@ -16,6 +16,7 @@
     ├── AnswerNotFinite           the adapter's weights overflow on this input: no scores follow from that
     ├── BaseModelUnsupported      the base model cannot be served
     ├── CapacityExceeded          no room: a queue or the arena is full; trying again may help
+    ├── CheckpointRejected        a model's own files are refused: which file or tensor, why, and the remedy
     ├── TrainingDataInvalid       a training file is refused: which file, which line, and why
     ├── DeadlineExpired           the caller's deadline passed before the answer was ready
     ├── RequestCancelled          the caller went away
@@ -201,6 +202,19 @@ class BaseModelUnsupported(MultiloraError):
     """The base model cannot be served exactly, so it is not served at all."""
 
     reason = "BASE_MODEL_UNSUPPORTED"
+
+
+class CheckpointRejected(MultiloraError):
+    """The files of a whole model are refused as the source of an adapter.
+
+    `where` is the folder, the file, or the file and the tensor in it.
+    """
+
+    reason = "CHECKPOINT_REJECTED"
+
+    def __init__(self, where: str, message: str) -> None:
+        super().__init__(f"{where}: {message}", where=where)
+        self.where = where
 
 
 class CapacityExceeded(MultiloraError):

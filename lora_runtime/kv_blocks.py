@@ -112,6 +112,7 @@ class BlockTable:
         self.blocks: list[int] = []
         self.keys: list[bytes] = []  # of its full computed blocks
         self.num_computed = 0  # tokens whose keys and values are stored
+        self.last_is_known = True  # which token its last one is
 
     def slot(self, position: int) -> int:
         """Where token `position` lies: block · block_tokens + offset."""
@@ -205,12 +206,14 @@ class BlockPool:
         """Whether `append_slot` would succeed now."""
         return not self._needs_block(table) or bool(self._free or self._unused)
 
-    def append_slot(self, table: BlockTable, token: int) -> Appended:
+    def append_slot(self, table: BlockTable, token: int | None) -> Appended:
         """Room for one more token; a shared last block is replaced by a copy of its own.
 
-        Raises CapacityExceeded, and changes nothing, when a block is needed and there is none.
+        `token` None: it is not known yet, see `name_last`. Raises CapacityExceeded, and changes nothing, when a block
+        is needed and there is none.
         """
         assert id(table) in self._tables, "the table was freed"
+        assert table.last_is_known, "a token follows one that nobody knows"
         if not self.can_append(table):
             raise self._exceeded(1)
         copy = None
@@ -221,8 +224,14 @@ class BlockPool:
             self._grow(table)
             self._release(shared)
             copy = BlockCopy(shared, table.blocks[-1])
-        table.tokens.append(token)
+        table.last_is_known = token is not None
+        table.tokens.append(0 if token is None else token)
         return Appended(table.slot(len(table.tokens) - 1), copy)
+
+    def name_last(self, table: BlockTable, token: int) -> None:
+        """Which token the last one is, where that was not known."""
+        if not table.last_is_known:
+            table.last_is_known, table.tokens[-1] = True, token
 
     def fork(self, table: BlockTable) -> BlockTable:
         """A second sequence with the same past; takes no block. All tokens must be computed."""
@@ -240,7 +249,8 @@ class BlockPool:
     def mark_computed(self, table: BlockTable, num_tokens: int) -> None:
         """The first `num_tokens` tokens are stored now: full blocks among them can be found by others."""
         assert id(table) in self._tables, "the table was freed"
-        assert table.num_computed <= num_tokens <= len(table.tokens), f"{num_tokens} tokens were not allocated in turn"
+        num_known = len(table.tokens) - (not table.last_is_known)
+        assert table.num_computed <= num_tokens <= num_known, f"{num_tokens} tokens were not allocated in turn"
         table.num_computed = num_tokens
         num_full = num_tokens // self.block_tokens
         if num_full == len(table.keys):

@@ -10,6 +10,8 @@ from lora_runtime.kv_blocks import BlockCopy
 from lora_runtime.tickets import Ticket, Work
 from lora_runtime.types import AdapterId, TokenSequence
 
+_UNKNOWN = TokenSequence((0,), None)
+
 
 @dataclass(frozen=True, slots=True)
 class Planned:
@@ -51,8 +53,10 @@ def _row(item: Work, resident: Resident) -> Row:
     if one is None:
         return Row(request.sequences[item.index], resident, request.task, request.pooling)
     assert one.table is not None, "what a step computes has blocks"
-    end = item.start + item.count
-    tokens = TokenSequence(tuple(one.tokens[item.start : end]), None)
     states = tuple(branch.row for branch in item.branches)
+    if item.start == len(one.tokens):  # the step before this one draws it
+        cached = CachedRow(item.start, one.table.blocks, one.num_inactive, states, after=one.row)
+        return Row(_UNKNOWN, resident, request.task, cached=cached)
+    tokens = TokenSequence(tuple(one.tokens[item.start : item.start + item.count]), None)
     cached = CachedRow(item.start, one.table.blocks, one.num_inactive, states)
     return Row(tokens, resident, request.task, cached=cached)

@@ -17,7 +17,8 @@ from lora_runtime.answers.spans import Span, best_spans, supports_no_answer
 from lora_runtime.answers.token_classes import SubwordStrategy, TokenLabel, TokenUnit, label_tokens
 from lora_runtime.answers.vectors import unit_length
 from lora_runtime.arena import RankArena, SlotTable
-from lora_runtime.engine import Engine, EngineSettings
+from lora_runtime.engine import Engine
+from lora_runtime.engine_settings import EngineSettings
 from lora_runtime.errors import InvalidRequest
 from lora_runtime.generation import Delta, Generated, Sample
 from lora_runtime.kernels.grouped_lora import GroupedLora
@@ -25,12 +26,14 @@ from lora_runtime.kernels.grouped_lora.registry import BackendResources, backend
 from lora_runtime.kernels.grouped_lora.triton_backend.capturable import CapturableLora
 from lora_runtime.kv_blocks import KvBlocks
 from lora_runtime.model.base import BaseModel, PackedBackbone
+from lora_runtime.model.buckets import GraphSettings
 from lora_runtime.model.capture import CudaCapture
 from lora_runtime.model.encoder_text import TextEncoder
 from lora_runtime.model.encoders import Encoders
-from lora_runtime.model.graphs import GraphedBackbone, GraphSettings
+from lora_runtime.model.graphs import GraphedBackbone
 from lora_runtime.model.kv_room import kv_blocks_of, kv_cache_for
 from lora_runtime.model.load import load_base
+from lora_runtime.model.paged import PagedLayers
 from lora_runtime.model.placement import Placement, resolve_placement
 from lora_runtime.model.runner import PackedRunner
 from lora_runtime.model.text_generation import DecoderFacts, TextGeneration, decoder_facts
@@ -82,6 +85,7 @@ class RuntimeSettings:
     prepack: bool = True  # keep reordered copies of the base's projections: faster, and as much memory again
     kv_bytes: int = 1 << 30  # keys and values of sequences that generate; on the CPU, pages are taken as they come
     kv_block_tokens: int | None = None  # of one block of them; None: what attention on the device reads fastest
+    run_ahead: bool | None = None  # launch a step while the one before computes; None: on an accelerator
     prefix_cache: bool = True  # keep those of prompts for others of the same tenant and adapter that begin alike
     gguf_file: str | None = None  # the name of a GGUF file in the base's folder or repository; its weights become fp32
     quantize: str = "none"  # the base's projections: a `Quantization`; has them not prepacked
@@ -118,7 +122,8 @@ class Runtime:
         kv = kv_cache_for(model, settings.kv_bytes, settings.kv_block_tokens, MAX_GENERATING)
         blocks = None if kv is None else kv_blocks_of(kv, model)
         self.encoders = Encoders(TextEncoder(model.tokenizer, model.spec.max_length), _decoder(model, blocks))
-        self.runner = PackedRunner(_with_graphs(model, slots, lora, settings), slots, lora, kv)
+        paged = None if kv is None else PagedLayers(kv)
+        self.runner = PackedRunner(_with_graphs(model, slots, lora, settings, paged), slots, lora, paged)
         self.engine = Engine(
             model.spec,
             self.runner,
@@ -132,6 +137,7 @@ class Runtime:
                 MAX_GENERATING,
                 settings.beside_tokens,
                 settings.prefix_cache,
+                placement.device.type != "cpu" if settings.run_ahead is None else settings.run_ahead,
             ),
             host=_host_tier(settings, placement),
             fetcher=fetcher,
@@ -356,7 +362,9 @@ def _decoder(model: BaseModel, blocks: KvBlocks | None) -> DecoderFacts | None:
     return replace(facts, max_length=min(facts.max_length, blocks.max_length))
 
 
-def _with_graphs(model: BaseModel, slots: SlotTable, lora: GroupedLora, settings: RuntimeSettings) -> BaseModel:
+def _with_graphs(
+    model: BaseModel, slots: SlotTable, lora: GroupedLora, settings: RuntimeSettings, paged: PagedLayers | None
+) -> BaseModel:
     """The base with its forward captured, on CUDA and where base and backend allow it; else as it is."""
     device = model.placement.device
     if device.type != "cuda" or not settings.graph_bytes:
@@ -366,9 +374,10 @@ def _with_graphs(model: BaseModel, slots: SlotTable, lora: GroupedLora, settings
         logger.warning("base %s: every step runs eagerly, without graphs: %s", model.spec.name, what)
         return model
     graphs = GraphSettings.usual(
-        settings.graph_bytes, settings.token_budget, settings.max_batch_sequences, model.spec.max_length
+        settings.graph_bytes, settings.token_budget, settings.max_batch_sequences, model.spec.max_length, MAX_GENERATING
     )
-    return replace(model, backbone=GraphedBackbone(model.backbone, lora, slots, CudaCapture(device), graphs))
+    capture = CudaCapture(device)
+    return replace(model, backbone=GraphedBackbone(model.backbone, lora, slots, capture, graphs, paged))
 
 
 def _host_tier(settings: RuntimeSettings, placement: Placement) -> RankArena | None:

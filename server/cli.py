@@ -22,6 +22,8 @@ from server.settings import ServeSettings, SettingsError, flag_of, resolve_setti
 # command → where its typer app lives; each brings its own dependencies, which `serve` must not pay for
 LAZY_COMMANDS = {
     "train": "server.cli_train:train_app",
+    "extract": "server.cli_svd:extract_app",
+    "compress": "server.cli_svd:compress_app",
     "bench": "server.cli_bench:bench_app",
     "tune": "server.cli_tune:tune_app",
     "demo": "server.cli_demo:demo_app",

@@ -19,7 +19,7 @@ GAUGES = {
     "multilora_graph_bytes": "Bytes of device memory that CUDA graphs take.",
 }
 EAGER_STEPS = "multilora_eager_steps_total"
-EAGER_HELP = "Batches that no CUDA graph fitted, where there are graphs, by reason: extras, size, variant."
+EAGER_HELP = "Batches that no CUDA graph fitted, where there are graphs, by reason: extras, size, cached, variant."
 HELP = {**COUNTERS, **GAUGES, EAGER_STEPS: EAGER_HELP}
 
 

@@ -12,6 +12,7 @@ from lora_runtime.adapters.base_spec import BaseSpec, HeadSpec, Leaf, LeafKind
 from lora_runtime.adapters.metadata import BaseFingerprint
 from lora_runtime.batch import Row
 from lora_runtime.kv_blocks import BlockCopy
+from lora_runtime.model.launched import Answer
 from lora_runtime.types import Site, SiteGroup, Task
 
 WIDTH = 8
@@ -41,6 +42,19 @@ def fake_spec() -> BaseSpec:
     )
 
 
+class Landed:
+    """A batch that was computed when it was launched."""
+
+    def __init__(self, answers: list[torch.Tensor]) -> None:
+        self._answers = answers
+
+    def draw(self, alive: Sequence[bool]) -> None:
+        assert len(alive) == len(self._answers)
+
+    def answers(self) -> list[Answer]:
+        return [*self._answers]
+
+
 class FakeRunner:
     """Answers each row with its adapter's own bias plus its number of tokens: a wrong adapter shows at once."""
 
@@ -53,7 +67,11 @@ class FakeRunner:
         self.gate.set()
         self._seconds = seconds_per_batch
 
-    def run(self, rows: list[Row]) -> list[torch.Tensor]:
+    def launch(self, rows: list[Row], after: object = None) -> Landed:
+        del after  # nothing generates here
+        return Landed(self._run(rows))
+
+    def _run(self, rows: list[Row]) -> list[torch.Tensor]:
         self.gate.wait(10)
         time.sleep(self._seconds)
         self.batches.append(rows)

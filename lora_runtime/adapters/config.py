@@ -105,9 +105,13 @@ class LoraConfig(BaseModel):
         """The rank promised for a module path, by the first pattern that matches."""
         return self._ranks.lookup(module, self.r)
 
+    def alpha(self, module: str) -> float:
+        """The alpha of a module path, by the first pattern that matches."""
+        return self._alphas.lookup(module, self.lora_alpha)
+
     def scaling(self, module: str, rank: int) -> float:
         """alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023, arXiv:2312.03732)."""
-        alpha = self._alphas.lookup(module, self.lora_alpha)
+        alpha = self.alpha(module)
         scaling = alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
         if abs(scaling) > _MAX_FLOAT32:
             message = f"lora_alpha gives {module} a scaling of {scaling:g}, beyond the range of float32"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -13,25 +14,34 @@ SAMPLES_PER_TENSOR = 64
 
 
 def fingerprint_base(backbone: nn.Module, config: object) -> BaseFingerprint:
-    """Fingerprint an unwrapped transformers backbone, in the dtype of its checkpoint.
+    """Fingerprint an unwrapped transformers backbone, in the dtype of its checkpoint."""
+    parameters = {name: parameter.detach() for name, parameter in backbone.named_parameters()}
+    return fingerprint_parameters(parameters, parameters.__getitem__, config)
+
+
+def fingerprint_parameters(
+    names: Iterable[str], read: Callable[[str], torch.Tensor], config: object
+) -> BaseFingerprint:
+    """Fingerprint a backbone by the names of its parameters, each read once, one after the other.
 
     Of each parameter, 64 evenly spaced values (first and last included) are hashed as fp32 with its name and
     shape. A top-level `pooler` is left out: a task class may have drawn it at random where the checkpoint has none.
     """
-    names, weights = hashlib.sha256(), hashlib.sha256()
-    for name, parameter in sorted(backbone.named_parameters()):
+    structure, weights = hashlib.sha256(), hashlib.sha256()
+    for name in sorted(names):
         if name.split(".", 1)[0] == "pooler":
             continue
+        parameter = read(name)
         header = f"{name}{tuple(parameter.shape)}".encode()
-        names.update(header)
+        structure.update(header)
         weights.update(header)
-        weights.update(_samples(parameter.detach()).numpy().tobytes())
+        weights.update(_samples(parameter).numpy().tobytes())
     return BaseFingerprint(
         model_type=str(getattr(config, "model_type", "")),
         hidden_size=int(getattr(config, "hidden_size", 0)),
         num_layers=int(getattr(config, "num_hidden_layers", 0)),
         vocab_size=int(getattr(config, "vocab_size", 0)),
-        modules_sha256=names.hexdigest(),
+        modules_sha256=structure.hexdigest(),
         weights_sha256=weights.hexdigest(),
     )
 

@@ -15,9 +15,9 @@ from lora_runtime.errors import AdapterRejected
 TOKENIZER_FILE = "tokenizer.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
-# they too change what ids a text has
 _CONFIG_FILE = "tokenizer_config.json"
-_BESIDE = (_CONFIG_FILE, "special_tokens_map.json", ADDED_TOKENS_FILE, CHAT_TEMPLATE_FILE)
+# all that change what ids a text has
+TOKENIZER_FILES = (TOKENIZER_FILE, _CONFIG_FILE, "special_tokens_map.json", ADDED_TOKENS_FILE, CHAT_TEMPLATE_FILE)
 MAX_TOKENIZER_BYTES = 128 << 20
 
 _MAX_FACTS = 1000
@@ -57,7 +57,7 @@ def own_tokenizer(folder: AdapterFolder, base: BaseSpec, num_rows: int) -> str |
     if digest == base.tokenizer_digest and not _generates_otherwise(folder, base):
         return None
     _check_rows(TOKENIZER_FILE, num_ids, num_rows)
-    for name in (TOKENIZER_FILE, *_BESIDE):
+    for name in TOKENIZER_FILES:
         if (content := folder.peek(name, MAX_TOKENIZER_BYTES)) is not None:
             folder.count(name, content)
     return tokenizer_identity(folder)
@@ -81,7 +81,7 @@ def _generates_otherwise(folder: AdapterFolder, base: BaseSpec) -> bool:
 
 def tokenizer_identity(folder: AdapterFolder) -> str:
     """SHA-256 over all files that a folder's tokenizer is made from."""
-    found = ((name, folder.peek(name, MAX_TOKENIZER_BYTES)) for name in (TOKENIZER_FILE, *_BESIDE))
+    found = ((name, folder.peek(name, MAX_TOKENIZER_BYTES)) for name in TOKENIZER_FILES)
     files = {name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in found if data is not None}
     return content_digest(files)
 

@@ -1,8 +1,9 @@
 """The backbone's forward pass captured for buckets of tokens, so that a step costs one launch instead of hundreds.
 
-A graph reads a batch from tensors whose addresses stay: ids, types, positions and ends of sequences in one buffer, and
-for LoRA a list of tiles. A batch that is smaller than its bucket is filled up with tokens of no adapter in sequences of
-their own. Where adapters lie is on the device too, so that loading and evicting them needs no new capture.
+A graph reads a batch from tensors whose addresses stay: ids, types, positions and ends of sequences in one buffer, for
+LoRA a list of tiles, and for sequences that continue by one token each a list of their blocks of the KV cache. A batch
+that is smaller than its bucket is filled up with tokens of no adapter in sequences of their own. Where adapters lie is
+on the device too, so that loading and evicting them needs no new capture.
 
 A graph is captured for a `Variant`: the site groups that it launches LoRA kernels for, and the largest rank. A batch
 takes the smallest variant that covers it; without one, or where it holds what no graph has, it runs eagerly and is
@@ -14,7 +15,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -22,19 +23,16 @@ import numpy as np
 import torch
 
 from lora_runtime.arena import BASE_SLOT, SlotTable
-from lora_runtime.batch import Batch, Owners, Resident, Row, Step
+from lora_runtime.batch import Batch, Owners, PagedAttention, Resident, Row, Step
 from lora_runtime.kernels.grouped_lora import LoraPlan
 from lora_runtime.kernels.grouped_lora.triton_backend.capturable import CapturableLora
-from lora_runtime.kernels.grouped_lora.triton_backend.tiles import TileList
 from lora_runtime.model.base import ForwardInputs, MakeStep, PackedBackbone, run_backbone
+from lora_runtime.model.buckets import Bucket, DecodeBucket, GraphSettings
 from lora_runtime.model.capture import Captured, Forward, GraphCapture
-from lora_runtime.packing import PAD_SEQUENCE, InputBuffer, PackedLayout
+from lora_runtime.model.paged import PagedLayers
 
 logger = logging.getLogger(__name__)
 
-_LEAST_TOKENS = 16  # of the smallest bucket
-_LEAST_SEQUENCES = 16
-_TOKENS_PER_SEQUENCE = 8  # a bucket has room for sequences as short as this; more of them take a larger bucket
 _LEAST_RANK, _USUAL_RANK = 8, 16
 
 
@@ -43,7 +41,7 @@ class Eager(StrEnum):
 
     EXTRAS = "extras"  # an adapter changes more than LoRA does, or not all of its tokens
     SIZE = "size"  # too many tokens or sequences for the largest bucket, or a sequence too long
-    CACHED = "cached"  # it continues sequences over the KV cache
+    CACHED = "cached"  # it continues sequences over the KV cache, and not all by one token, or by attention of our own
     VARIANT = "variant"  # no graph for its site groups and rank
 
 
@@ -59,27 +57,15 @@ class Variant:
 
 
 NO_LORA = Variant()
-_Key = tuple[int, Variant]  # tokens of the bucket
 
 
 @dataclass(frozen=True, slots=True)
-class GraphSettings:
-    """For which batches graphs are captured, and how much memory they may take."""
+class GraphKey:
+    """What a graph is for."""
 
-    num_bytes: int  # by which the memory that torch holds may grow
-    buckets: tuple[int, ...]  # tokens, ascending
-    max_sequences: int  # of a batch
-    max_length: int  # tokens of a sequence
-
-    @classmethod
-    def usual(cls, num_bytes: int, token_budget: int, max_sequences: int, max_length: int) -> GraphSettings:
-        """Buckets that double from 16 up to the token budget."""
-        sizes = [_LEAST_TOKENS]
-        while sizes[-1] * 2 < token_budget:
-            sizes.append(sizes[-1] * 2)
-        if sizes[-1] < token_budget:
-            sizes.append(token_budget)
-        return cls(num_bytes, tuple(sizes), max_sequences, max_length)
+    num_tokens: int  # of the bucket
+    variant: Variant
+    continues: bool = False  # every token is of another sequence that goes on
 
 
 @dataclass(slots=True)
@@ -97,8 +83,11 @@ class StaticStep(Step):
 
     is_static = True
 
-    def __init__(self, batch: Batch, slots: SlotTable, lora: CapturableLora, plan: LoraPlan) -> None:
+    def __init__(
+        self, batch: Batch, slots: SlotTable, lora: CapturableLora, plan: LoraPlan, paged: PagedAttention | None
+    ) -> None:
         super().__init__(batch, slots, lora)
+        self.paged = paged
         self._static = Owners(plan, (), leading=2)
 
     def owners(self, x: torch.Tensor) -> Owners:
@@ -108,41 +97,6 @@ class StaticStep(Step):
     @property
     def tokens(self) -> Owners:
         return self._static
-
-
-class _Bucket:
-    """The tensors that all graphs of one number of tokens read."""
-
-    def __init__(self, num_tokens: int, settings: GraphSettings, device: torch.device) -> None:
-        fillers = -(-num_tokens // PAD_SEQUENCE)
-        room = max(_LEAST_SEQUENCES, num_tokens // _TOKENS_PER_SEQUENCE)
-        self.layout = PackedLayout(num_tokens, min(room, settings.max_sequences + fillers))
-        self.inputs = InputBuffer(self.layout, device)
-        self.tiles: dict[int, TileList] = {}  # by the rank that they take
-        views = self.inputs.inputs
-        self.batch = Batch(
-            rows=(),
-            input_ids=views.input_ids,
-            token_type_ids=views.token_type_ids,
-            position_ids=views.position_ids,
-            pad_ids=views.pad_ids,
-            cu_seqlens=views.cu_seqlens,
-            lengths=(),
-            equal_runs=(),
-            max_length=max(min(num_tokens, settings.max_length), min(num_tokens, PAD_SEQUENCE)),
-        )
-
-    @property
-    def num_tokens(self) -> int:
-        return self.layout.num_tokens
-
-    def tiles_for(self, rank: int, tile_rows: int) -> TileList:
-        """The list of tiles of graphs for `rank`; each sequence may leave one of its tiles part empty."""
-        if rank not in self.tiles:
-            capacity = min(self.num_tokens, self.num_tokens // tile_rows + self.layout.num_sequences)
-            device = self.batch.input_ids.device
-            self.tiles[rank] = TileList(capacity, tile_rows, device, max_rank=rank)
-        return self.tiles[rank]
 
 
 class GraphedBackbone:
@@ -155,17 +109,22 @@ class GraphedBackbone:
         slots: SlotTable,
         capture: GraphCapture,
         settings: GraphSettings,
+        paged: PagedLayers | None = None,
     ) -> None:
-        """Without a graph until `capture` is called."""
+        """Without a graph until `capture` is called. Of steps over `paged` those are captured that torch attends."""
         self._packed = packed
         self._lora = lora
         self._slots = slots
         self._capture = capture
         self._settings = settings
         self._token_groups = frozenset(g.index for g in slots.groups if not any(s.per_sequence for s in g.sites))
-        self._buckets = [_Bucket(n, settings, packed.inputs.device) for n in settings.buckets]
-        self._graphs: dict[_Key, Captured] = {}
-        self._found: dict[_Key, Variant | None] = {}  # what `_lookup` has found
+        device = packed.inputs.device
+        self._buckets = [Bucket.of_sequences(n, settings, device) for n in settings.buckets]
+        self._decodes: list[Bucket] = []
+        if paged is not None and paged.cache.spare_block is not None:
+            self._decodes = [DecodeBucket(n, settings, paged, device) for n in settings.decodes]
+        self._graphs: dict[GraphKey, Captured] = {}
+        self._found: dict[GraphKey, Variant | None] = {}  # what `_lookup` has found
         self._generation = lora.device_slots.generation
         self.stats = GraphStats()
 
@@ -174,7 +133,7 @@ class GraphedBackbone:
         return self._packed.inputs
 
     @property
-    def captured(self) -> frozenset[_Key]:
+    def captured(self) -> frozenset[GraphKey]:
         """(tokens, variant) of each graph."""
         return frozenset(self._graphs)
 
@@ -186,11 +145,11 @@ class GraphedBackbone:
             self.stats.eager[found] += 1
             return self._packed.hidden(rows, make_step)
         bucket, variant = found
-        batch = Batch.pack(rows, padding_idx=self.inputs.padding_idx, into=bucket.inputs)
+        batch = bucket.pack(rows, self.inputs.padding_idx)
         step = make_step(batch)
         if variant.groups:
-            bucket.tiles[variant.rank].fill(step.tokens.plan)
-        hidden = self._graphs[bucket.num_tokens, variant].replay()
+            bucket.tiles(variant.rank).fill(step.tokens.plan)
+        hidden = self._graphs[_key(bucket, variant)].replay()
         self.stats.replayed += 1
         return hidden[: batch.num_tokens].clone()  # the next replay overwrites it
 
@@ -202,10 +161,9 @@ class GraphedBackbone:
         """
         self._follow_slots()
         before = len(self._graphs)
-        keys = [(bucket, variant) for variant in self._wanted() for bucket in reversed(self._buckets)]
-        for bucket, variant in keys:
-            if (bucket.num_tokens, variant) not in self._graphs and not self._add(bucket, variant):
-                break
+        able = [list(reversed(buckets)) for buckets in (self._decodes, self._buckets) if buckets]
+        for variant in self._wanted():
+            able = [buckets for buckets in able if all(self._has(bucket, variant) for bucket in buckets)]
         logger.info("%d graphs captured, %.0f MiB", len(self._graphs), self.stats.num_bytes / (1 << 20))
         return len(self._graphs) - before
 
@@ -215,29 +173,29 @@ class GraphedBackbone:
         if self._generation == self._lora.device_slots.generation:
             return
         self._generation = self._lora.device_slots.generation
-        stale = [key for key in self._graphs if key[1].groups]
+        stale = [key for key in self._graphs if key.variant.groups]
         logger.info("more adapters than ever: %d graphs are captured again", len(stale))
         for key in stale:
             del self._graphs[key]
         self._found.clear()
         self.stats.captured = len(self._graphs)
-        buckets = {bucket.num_tokens: bucket for bucket in self._buckets}
-        for num_tokens, variant in stale:
-            if not self._add(buckets[num_tokens], variant):
+        buckets = {_key(bucket, NO_LORA): bucket for bucket in (*self._decodes, *self._buckets)}
+        for key in stale:
+            if not self._add(buckets[replace(key, variant=NO_LORA)], key.variant):
                 break
 
-    def _choose(self, rows: Sequence[Row]) -> tuple[_Bucket, Variant] | Eager:
+    def _choose(self, rows: Sequence[Row]) -> tuple[Bucket, Variant] | Eager:
         residents = {row.resident for row in rows}
         if any(r.extras or r.alone or r.card.invocation_tokens is not None for r in residents):
             return Eager.EXTRAS
+        buckets = self._buckets
         if any(row.cached is not None for row in rows):
-            return Eager.CACHED
-        lengths = [row.sequence.num_tokens for row in rows]
-        total, longest = sum(lengths), max(lengths)
-        fitting = (b for b in self._buckets if b.layout.holds(total, len(rows)) and b.batch.max_length >= longest)
-        if (bucket := next(fitting, None)) is None:
+            buckets = self._decodes
+            if not buckets or any(row.cached is None or row.sequence.num_tokens > 1 for row in rows):
+                return Eager.CACHED
+        if (bucket := next((bucket for bucket in buckets if bucket.holds(rows)), None)) is None:
             return Eager.SIZE
-        variant = self._lookup(bucket.num_tokens, self._needed(residents))
+        variant = self._lookup(_key(bucket, self._needed(residents)))
         return Eager.VARIANT if variant is None else (bucket, variant)
 
     def _needed(self, residents: set[Resident]) -> Variant:
@@ -254,11 +212,11 @@ class GraphedBackbone:
         rank = int(self._slots.rank[torch.as_tensor(slots)].max())
         return Variant(groups, max(_LEAST_RANK, 1 << (rank - 1).bit_length()))
 
-    def _lookup(self, num_tokens: int, needed: Variant) -> Variant | None:
-        """The smallest captured variant that covers what is needed."""
-        key = num_tokens, needed
+    def _lookup(self, key: GraphKey) -> Variant | None:
+        """The smallest captured variant that covers the one of `key`."""
         if key not in self._found:
-            covering = [v for tokens, v in self._graphs if tokens == num_tokens and v.covers(needed)]
+            same = [known.variant for known in self._graphs if replace(known, variant=key.variant) == key]
+            covering = [variant for variant in same if variant.covers(key.variant)]
             self._found[key] = min(covering, key=lambda v: (len(v.groups), v.rank), default=None)
         return self._found[key]
 
@@ -269,7 +227,11 @@ class GraphedBackbone:
         everything = Variant(self._token_groups, max(together.rank, _USUAL_RANK))
         return list(dict.fromkeys([NO_LORA, *(v for v, _ in counted.most_common()), together, everything]))
 
-    def _add(self, bucket: _Bucket, variant: Variant) -> bool:
+    def _has(self, bucket: Bucket, variant: Variant) -> bool:
+        """Whether there is this graph, or it can be captured."""
+        return _key(bucket, variant) in self._graphs or self._add(bucket, variant)
+
+    def _add(self, bucket: Bucket, variant: Variant) -> bool:
         """Capture one graph; False where that is impossible, or more than the memory there is for graphs."""
         before = self._capture.reserved_bytes()
         forward = self._forward_of(bucket, variant)
@@ -278,31 +240,32 @@ class GraphedBackbone:
                 captured = self._capture.capture(forward)
         except RuntimeError as error:
             reason = str(error).strip().split("\n", 1)[0]
-            logger.warning("%d tokens cannot be captured and run eagerly: %s", bucket.num_tokens, reason)
+            what = "that continue sequences " if bucket.decodes is not None else ""
+            logger.warning("%d tokens %scannot be captured and run eagerly: %s", bucket.num_tokens, what, reason)
             return False
         grown = max(0, self._capture.reserved_bytes() - before)
         if self.stats.num_bytes + grown > self._settings.num_bytes:
             logger.warning("%d MiB for graphs are used up; other batches run eagerly", self._settings.num_bytes >> 20)
             return False
         self.stats.num_bytes += grown
-        self._graphs[bucket.num_tokens, variant] = captured
+        self._graphs[_key(bucket, variant)] = captured
         self.stats.captured = len(self._graphs)
         self._found.clear()
         return True
 
-    def _forward_of(self, bucket: _Bucket, variant: Variant) -> Forward:
+    def _forward_of(self, bucket: Bucket, variant: Variant) -> Forward:
         """A call of the backbone that reads the bucket's tensors alone."""
         plan = self._static_plan(bucket, variant)
         if variant.groups:
             self._lora.prepare(plan)
 
         def forward() -> torch.Tensor:
-            step = StaticStep(bucket.batch, self._slots, self._lora, plan)
+            step = StaticStep(bucket.batch, self._slots, self._lora, plan, bucket.decodes)
             return run_backbone(self.inputs.module, self.inputs.arguments(bucket.batch), step)[0]
 
         return forward
 
-    def _static_plan(self, bucket: _Bucket, variant: Variant) -> LoraPlan:
+    def _static_plan(self, bucket: Bucket, variant: Variant) -> LoraPlan:
         if not variant.groups:
             return LoraPlan(bucket.num_tokens, (), self._slots)
         tiles = bucket.tiles_for(variant.rank, self._lora.tile_rows_for(bucket.num_tokens))
@@ -310,3 +273,7 @@ class GraphedBackbone:
         plan.cache.update({("active", g.index): () for g in self._slots.groups if g.index not in variant.groups})
         plan.cache["touched"] = [g.index in variant.groups for g in self._slots.groups]
         return plan
+
+
+def _key(bucket: Bucket, variant: Variant) -> GraphKey:
+    return GraphKey(bucket.num_tokens, variant, continues=bucket.decodes is not None)

@@ -38,6 +38,7 @@ from lora_runtime.kv_blocks import BlockCopy, KvConfig, block_bytes
 from lora_runtime.model.kv_layouts import (
     ColumnStore,
     KvStore,
+    PagedSpans,
     RowStore,
     Scoring,
     SequenceSpan,
@@ -89,7 +90,11 @@ def paged_varlen_attention(
 
 
 class KvCache:
-    """`num_blocks` blocks of keys and values for every layer."""
+    """`num_blocks` blocks of keys and values for every layer.
+
+    Where `varlen_attn` reads them, so that steps can be captured, there is one more that nobody is given: what fills a
+    captured step up is stored there.
+    """
 
     def __init__(
         self,
@@ -113,11 +118,13 @@ class KvCache:
         self.paged_attention = paged_attention
         if paged_attention is None and self.layout is KvLayout.ROWS:
             self.paged_attention = paged_varlen_attention(device, dtype, config.head_dim, block_tokens)
+        self.spare_block = None if self.paged_attention is None else num_blocks
+        num_stored = num_blocks + (self.spare_block is not None)
         store = ColumnStore if self.layout is KvLayout.COLUMNS else RowStore
         try:
-            self._store: KvStore = store(config, num_blocks, block_tokens, dtype, device)
+            self._store: KvStore = store(config, num_stored, block_tokens, dtype, device)
         except RuntimeError as error:
-            num_bytes = num_blocks * block_bytes(config, block_tokens)
+            num_bytes = num_stored * block_bytes(config, block_tokens)
             message = f"a KV cache of {num_bytes} bytes cannot be allocated on {device}; give it fewer"
             raise CapacityExceeded(message, budget_bytes=num_bytes) from error
 
@@ -155,7 +162,7 @@ class KvCache:
             )
         scoring = Scoring(q.shape[2] ** -0.5 if scale is None else scale, window, softcap)
         if self.paged_attention is not None and softcap is None:  # which it does not know
-            return self._attend_paged(self.paged_attention, layer, q, metadata, scoring)
+            return self.attend_paged(layer, q, metadata.paged(), scoring)
         out = torch.empty_like(q)
         if len(metadata.decodes) == metadata.num_tokens:
             return self._store.decode(layer, q.contiguous(), metadata, scoring)
@@ -168,24 +175,23 @@ class KvCache:
                 out[rows] = self._prefill(layer, q[rows], span, scoring)
         return out
 
-    def _attend_paged(
-        self, paged_attention: PagedAttention, layer: int, q: torch.Tensor, metadata: StepMetadata, scoring: Scoring
-    ) -> torch.Tensor:
-        queries, contexts, used, blocks = metadata.paged()
+    def attend_paged(self, layer: int, q: torch.Tensor, spans: PagedSpans, scoring: Scoring) -> torch.Tensor:
+        """As `attend`, by `paged_attention`, of sequences that tensors on the device say where they lie."""
+        assert self.paged_attention is not None and scoring.softcap is None
         k, v = self._store.layer(layer)
-        return paged_attention(
+        return self.paged_attention(
             q,
             k,
             v,
-            queries,
-            None if _newer_flash() else contexts,  # FA3 refuses it beside a block table, FA2 demands it
-            metadata.max_queries,
-            metadata.max_context,
+            spans.queries,
+            None if _newer_flash() else spans.contexts,  # FA3 refuses it beside a block table, FA2 demands it
+            spans.max_queries,
+            spans.max_context,
             scale=scoring.scale,
             window_size=(-1 if scoring.window is None else scoring.window - 1, 0),
             enable_gqa=q.shape[1] != self.config.num_kv_heads,
-            seqused_k=used,
-            block_table=blocks,
+            seqused_k=spans.used,
+            block_table=spans.blocks,
         )
 
     def _prefill(self, layer: int, q: torch.Tensor, span: SequenceSpan, scoring: Scoring) -> torch.Tensor:

@@ -29,6 +29,18 @@ class SequenceSpan:
         return 0 if window is None else max(0, self.context_length - self.num_queries + 1 - window)
 
 
+@dataclass(frozen=True, slots=True)
+class PagedSpans:
+    """Where sequences lie, as `varlen_attn` takes it: int32 on the device."""
+
+    queries: torch.Tensor  # [n + 1], cumulative
+    contexts: torch.Tensor  # [n + 1], cumulative
+    used: torch.Tensor  # [n]: tokens of each
+    blocks: torch.Tensor  # [n, B]
+    max_queries: int
+    max_context: int
+
+
 class StepMetadata:
     """Where the packed batch's sequences lie, [T] tokens in order of `spans`; made once a step, for all layers."""
 
@@ -47,17 +59,19 @@ class StepMetadata:
         self.max_context = max((span.context_length for span in spans), default=0)
         self.columns_plans: dict[tuple[int | None, float], _ColumnsPlan] = {}
         self.rows_plans: dict[int | None, list[_RowsPlan]] = {}
-        self._paged: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self._paged: PagedSpans | None = None
 
-    def paged(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """int32 on the device: cumulative queries [n + 1], cumulative contexts [n + 1], contexts [n], blocks [n, B]."""
+    def paged(self) -> PagedSpans:
+        """The same for `varlen_attn`."""
         if self._paged is None:
             contexts = [span.context_length for span in self.spans]
-            self._paged = (
+            self._paged = PagedSpans(
                 torch.tensor(self.starts, dtype=torch.int32, device=self.device),
                 torch.tensor(list(accumulate(contexts, initial=0)), dtype=torch.int32, device=self.device),
                 torch.tensor(contexts, dtype=torch.int32, device=self.device),
                 _padded([span.blocks for span in self.spans]).to(self.device, torch.int32),
+                self.max_queries,
+                self.max_context,
             )
         return self._paged
 

@@ -7,7 +7,7 @@ import logging
 from lora_runtime.errors import CapacityExceeded
 from lora_runtime.kv_blocks import KvBlocks, block_bytes
 from lora_runtime.model.base import BaseModel
-from lora_runtime.model.kv_cache import KvCache, default_block_tokens
+from lora_runtime.model.kv_cache import KvCache, default_block_tokens, paged_varlen_attention
 
 logger = logging.getLogger(__name__)
 
@@ -23,15 +23,18 @@ def kv_cache_for(model: BaseModel, num_bytes: int, block_tokens: int | None, max
     device = model.placement.device
     block_tokens = block_tokens or default_block_tokens(device)
     size = block_bytes(model.kv, block_tokens)
-    num_blocks = min(num_bytes // size, max_sequences * -(-model.spec.max_length // block_tokens))
-    if not num_blocks:
+    dtype = model.placement.dtype
+    is_paged = paged_varlen_attention(device, dtype, model.kv.head_dim, block_tokens) is not None
+    most = num_bytes // size - is_paged  # the cache keeps one more then
+    num_blocks = min(most, max_sequences * -(-model.spec.max_length // block_tokens))
+    if num_blocks < 1:
         raise CapacityExceeded(
             f"a KV cache of {num_bytes} bytes holds no block of {block_tokens} tokens, which takes {size} bytes; give "
             "it more",
             budget_bytes=num_bytes,
-            needed_bytes=size,
+            needed_bytes=size * (1 + is_paged),
         )
-    return KvCache(model.kv, num_blocks, block_tokens, model.placement.dtype, device)
+    return KvCache(model.kv, num_blocks, block_tokens, dtype, device)
 
 
 def kv_blocks_of(cache: KvCache, model: BaseModel) -> KvBlocks:

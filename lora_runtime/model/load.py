@@ -26,17 +26,17 @@ from lora_runtime.model.base import Backbone, BaseModel, PackedBackbone, PaddedB
 from lora_runtime.model.checkpoint import Source, read_checkpoint, resolve_source
 from lora_runtime.model.fuse import fuse_linears, unfuse_linears
 from lora_runtime.model.inject import make_leaves, make_sites, shared_modules, wrap_leaves
-from lora_runtime.model.observe import PROBE_BATCH, PROBE_TOKENS, Observed, observe
+from lora_runtime.model.observe import Observed, observe
 from lora_runtime.model.placement import Placement, place_modules, resolve_placement
 from lora_runtime.model.prepack import prepack_linears, prepack_output
 from lora_runtime.model.probe import (
     SeparateOutputs,
     check_moved,
     num_positions,
+    probe_batch,
     prove_backbone,
     prove_head,
     separate_outputs,
-    takes,
 )
 from lora_runtime.model.prove_paged import prove_paged
 from lora_runtime.model.quantize import Quantization, check_quantization, quantize_linears
@@ -156,7 +156,7 @@ def _prepack(backbone: nn.Module) -> int:
     with torch.inference_mode():
         num_bytes = prepack_linears(backbone)
         try:
-            backbone(**_probe_batch(backbone))
+            backbone(**probe_batch(backbone))
         except RuntimeError as error:
             logger.debug("projections are multiplied one by one: %s", error)
             num_bytes = prepack_linears(backbone, together=False)
@@ -183,7 +183,7 @@ def _look(primary: Any, absent: set[str]) -> _Looked:
     decoder = is_decoder(primary.config)
     skeletons, unserved = _skeletons(primary, backbone, absent, decoder)
     with torch.inference_mode():
-        observed = observe(backbone, lambda: backbone(**_probe_batch(backbone)))
+        observed = observe(backbone, lambda: backbone(**probe_batch(backbone)))
         expected = separate_outputs(backbone, primary.config, skeletons)
     embedding = primary.get_input_embeddings()
     return _Looked(
@@ -228,17 +228,6 @@ def _unrun(config: Any, backbone: nn.Module) -> dict[str, nn.Module]:
         plain = AutoModel.from_config(config)
     absent = {name for name, _ in plain.named_children()} - {name for name, _ in backbone.named_children()}
     return {path: m for path, m in plain.named_modules() if path.split(".")[0] in absent and is_leaf(m)}
-
-
-def _probe_batch(backbone: nn.Module) -> dict[str, Any]:
-    """Two equal sequences, with positions for each, so that every embedding sees a row per token."""
-    ids = torch.arange(5, 5 + PROBE_TOKENS).expand(PROBE_BATCH, -1).contiguous()
-    arguments: dict[str, Any] = {"input_ids": ids}
-    if takes(backbone, "position_ids"):
-        arguments["position_ids"] = torch.arange(PROBE_TOKENS).expand(PROBE_BATCH, -1).contiguous()
-    if takes(backbone, "use_cache"):
-        arguments["use_cache"] = False
-    return arguments
 
 
 def _make_heads(looked: _Looked) -> dict[Task, TaskHead]:

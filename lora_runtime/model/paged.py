@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from lora_runtime.batch import CachedRow, Row
 from lora_runtime.kv_blocks import BlockCopy
 from lora_runtime.model.kv_cache import KvCache
-from lora_runtime.model.kv_layouts import SequenceSpan
+from lora_runtime.model.kv_layouts import PagedSpans, Scoring, SequenceSpan, StepMetadata
 
 
 class PagedLayers:
@@ -40,12 +41,22 @@ class PagedStep:
 
     def __init__(self, layers: PagedLayers, rows: Sequence[tuple[CachedRow, int]]) -> None:
         """`rows`: each with the number of its tokens."""
-        cache = layers.cache
         self.num_tokens = sum(count for _, count in rows)
         self._layers = layers
-        self._metadata = cache.metadata([SequenceSpan(count, row.start + count, row.blocks) for row, count in rows])
-        slots = [_slots(row, count, cache.block_tokens) for row, count in rows]
-        self._slots = torch.from_numpy(np.concatenate(slots)).to(cache.device, non_blocking=True)  # [t]
+        self._rows = rows
+
+    @cached_property
+    def _metadata(self) -> StepMetadata:
+        """Made by the first layer: a step that is replayed has none that asks."""
+        spans = [SequenceSpan(count, row.start + count, row.blocks) for row, count in self._rows]
+        return self._layers.cache.metadata(spans)
+
+    @cached_property
+    def _slots(self) -> torch.Tensor:
+        """[t]"""
+        cache = self._layers.cache
+        slots = [_slots(row, count, cache.block_tokens) for row, count in self._rows]
+        return torch.from_numpy(np.concatenate(slots)).to(cache.device, non_blocking=True)
 
     def attend(
         self,
@@ -62,6 +73,79 @@ class PagedStep:
         cache, layer = self._layers.cache, self._layers.layer(module)
         cache.write(layer, k, v, self._slots)
         return cache.attend(layer, q, self._metadata, scale=scale, window=window, softcap=softcap)
+
+
+class StaticDecodes:
+    """`PagedAttention` of sequences of one token each that tensors say where they lie, whose addresses stay.
+
+    A step that is captured with it serves every batch that it is filled from. Rows beyond the batch's store and see
+    one token of the cache's spare block.
+    """
+
+    def __init__(self, layers: PagedLayers, num_rows: int, max_context: int) -> None:
+        """For contexts of at most `max_context` tokens."""
+        cache = layers.cache
+        assert cache.spare_block is not None, "only what varlen_attn reads can be captured"
+        self.num_tokens = num_rows
+        self.num_columns = -(-max_context // cache.block_tokens)
+        self._layers = layers
+        sizes = [num_rows, num_rows + 1, num_rows * self.num_columns]
+        self._slots = torch.empty(num_rows, dtype=torch.int64, device=cache.device)
+        self._buffer = torch.empty(sum(sizes), dtype=torch.int32, device=cache.device)
+        used, contexts, blocks = self._buffer.split(sizes)
+        self._spans = PagedSpans(
+            queries=torch.arange(num_rows + 1, dtype=torch.int32, device=cache.device),
+            contexts=contexts,
+            used=used,
+            blocks=blocks.view(num_rows, self.num_columns),
+            max_queries=1,
+            max_context=self.num_columns * cache.block_tokens,
+        )
+        self.fill(())
+
+    def holds(self, rows: Sequence[Row]) -> bool:
+        """Whether the contexts of the rows, all of which continue by one token, are short enough."""
+        return all(row.cached is not None and len(row.cached.blocks) <= self.num_columns for row in rows)
+
+    def fill(self, rows: Sequence[Row]) -> None:
+        """Replace the content, in the order of the current stream, without a wait."""
+        cache, num_rows = self._layers.cache, self.num_tokens
+        assert cache.spare_block is not None
+        pinned = cache.device.type == "cuda"
+        slots = torch.empty(num_rows, dtype=torch.int64, pin_memory=pinned)
+        host = torch.empty(len(self._buffer), dtype=torch.int32, pin_memory=pinned)
+        used = np.ones(num_rows, dtype=np.int32)
+        blocks = np.full((num_rows, self.num_columns), cache.spare_block, dtype=np.int32)
+        slots.numpy()[:] = cache.spare_block * cache.block_tokens
+        for at, row in enumerate(rows):
+            one = row.cached
+            assert one is not None and row.sequence.num_tokens == 1
+            used[at] = one.start + 1
+            blocks[at, : len(one.blocks)] = one.blocks
+            slots[at : at + 1].numpy()[:] = _slots(one, 1, cache.block_tokens)
+        contexts = np.concatenate([[0], used.cumsum(dtype=np.int32)])
+        host.numpy()[:] = np.concatenate([used, contexts, blocks.ravel()])
+        self._slots.copy_(slots, non_blocking=True)
+        self._buffer.copy_(host, non_blocking=True)
+
+    def attend(
+        self,
+        module: nn.Module,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        scale: float | None,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """See `batch.PagedAttention`. Raises RuntimeError for what `varlen_attn` does not know."""
+        if softcap is not None:
+            raise RuntimeError("attention with a softcap over the KV cache has launches that differ from step to step")
+        cache, layer = self._layers.cache, self._layers.layer(module)
+        cache.write(layer, k, v, self._slots)
+        scoring = Scoring(q.shape[2] ** -0.5 if scale is None else scale, window)
+        return cache.attend_paged(layer, q, self._spans, scoring)
 
 
 def _slots(row: CachedRow, count: int, block_tokens: int) -> np.ndarray:

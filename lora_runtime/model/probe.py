@@ -22,6 +22,7 @@ from lora_runtime.heads.task_head import head_logits
 from lora_runtime.kernels.grouped_lora.reference import ReferenceGroupedLora
 from lora_runtime.model.attention import PACKED_ATTENTION
 from lora_runtime.model.base import ForwardInputs, PackedBackbone, PaddedBackbone
+from lora_runtime.model.observe import PROBE_BATCH, PROBE_TOKENS
 from lora_runtime.model.placement import MOVED_TOLERANCES, Placement
 from lora_runtime.model.skeleton import Skeleton
 from lora_runtime.types import SiteGroup, Task, TokenSequence
@@ -56,6 +57,17 @@ def _alone(skeleton: Skeleton, ids: tuple[int, ...]) -> torch.Tensor:
 def takes(module: nn.Module, argument: str) -> bool:
     """Whether a module's forward has an argument of that name."""
     return argument in inspect.signature(module.forward).parameters
+
+
+def probe_batch(backbone: nn.Module, device: str = "cpu") -> dict[str, Any]:
+    """Two equal sequences, with positions for each, so that every embedding sees a row per token."""
+    ids = torch.arange(5, 5 + PROBE_TOKENS, device=device).expand(PROBE_BATCH, -1).contiguous()
+    arguments: dict[str, Any] = {"input_ids": ids}
+    if takes(backbone, "position_ids"):
+        arguments["position_ids"] = torch.arange(PROBE_TOKENS, device=device).expand(PROBE_BATCH, -1).contiguous()
+    if takes(backbone, "use_cache"):
+        arguments["use_cache"] = False
+    return arguments
 
 
 def prove_backbone(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -16,22 +15,32 @@ from lora_runtime.kernels.grouped_lora import CompilingLora, GroupedLora
 from lora_runtime.kv_blocks import BlockCopy
 from lora_runtime.model.base import BaseModel, like_lengths
 from lora_runtime.model.graphs import Eager, GraphedBackbone
-from lora_runtime.model.kv_cache import KvCache
+from lora_runtime.model.launched import Answer, LaunchedBatch
 from lora_runtime.model.paged import PagedLayers
-from lora_runtime.sampling.sampler import Sampler
-from lora_runtime.sampling.tokens import SampledToken
 from lora_runtime.types import RunnerStats, Task, TokenSequence
 
-Answer = torch.Tensor | list[SampledToken]
+
+class Launched(Protocol):
+    """A batch that was launched."""
+
+    def draw(self, alive: Sequence[bool]) -> None:
+        """Draw the tokens of the rows that go on and are alive; once, before `answers`."""
+        ...
+
+    def answers(self) -> list[Answer]:
+        """Wait for them; those of rows that were not alive are undefined."""
+        ...
 
 
 class Runner(Protocol):
     """What the engine needs of a model; `FakeRunner` in the tests is another."""
 
-    def run(self, rows: list[Row]) -> list[Answer]:
-        """Per row what its task asks for (see TaskHead.run), on the host; rows of one adapter are adjacent.
+    def launch(self, rows: list[Row], after: Any = None) -> Launched:
+        """Start a batch; rows of one adapter are adjacent.
 
-        Of a row that continues a sequence: a token for each of its `states`.
+        Per row its answer is what its task asks for (see TaskHead.run), on the host; of a row that continues a
+        sequence a token for each of its `states`. `after`: what was launched before, and has drawn, where rows take
+        tokens that it drew.
         """
         ...
 
@@ -43,30 +52,32 @@ class Runner(Protocol):
 class PackedRunner:
     """Runs batches on one base; used from the engine thread alone."""
 
-    def __init__(self, base: BaseModel, slots: SlotTable, backend: GroupedLora, kv: KvCache | None = None) -> None:
-        """Without `kv` no row continues a sequence."""
+    def __init__(
+        self, base: BaseModel, slots: SlotTable, backend: GroupedLora, paged: PagedLayers | None = None
+    ) -> None:
+        """Without `paged` no row continues a sequence."""
         self._base = base
         self._slots = slots
         self._backend = backend
-        self._paged = None if kv is None else PagedLayers(kv)
-        self._sampler = Sampler()
+        self._paged = paged
 
-    def run(self, rows: list[Row]) -> list[Answer]:
-        """The answer of each row; a row without a task gets its hidden states [n, d]."""
+    def launch(self, rows: list[Row], after: LaunchedBatch | None = None) -> LaunchedBatch:
+        """See Runner. A row without a task answers with its hidden states [n, d]."""
         with torch.inference_mode():
             steps: list[Step] = []
-            hidden = self._base.backbone.hidden(rows, lambda batch: self._keep(batch, steps))
+            hidden = self._base.backbone.hidden(rows, lambda batch: self._keep(batch, steps, after))
             outputs = list(hidden.split([row.sequence.num_tokens for row in rows]))
-            sampled = self._sample(rows, outputs)
             plain = [i for i, row in enumerate(rows) if row.cached is None]
             for task in dict.fromkeys(rows[i].task for i in plain):
                 if task is not None:
                     self._run_head(task, [i for i in plain if rows[i].task is task], rows, hidden, outputs)
-            for step in steps:
-                step.tokens.plan.check_current()  # no slot changed hands under the batch
-            for i, output in zip(plain, _on_host([outputs[i] for i in plain]), strict=True):
-                outputs[i] = output
-            return [sampled.get(i, []) if row.cached is not None else outputs[i] for i, row in enumerate(rows)]
+            return LaunchedBatch(rows, outputs, steps, self._next_logits)
+
+    def run(self, rows: list[Row]) -> list[Answer]:
+        """The answers of a batch by itself."""
+        launched = self.launch(rows)
+        launched.draw([True] * len(rows))
+        return launched.answers()
 
     def answers(self, rows: list[Row]) -> list[torch.Tensor]:
         """As `run`, of rows of which none continues a sequence."""
@@ -111,26 +122,18 @@ class PackedRunner:
             step.paged = self._paged.step(batch.rows)
         return step
 
-    def _keep(self, batch: Batch, steps: list[Step]) -> Step:
+    def _keep(self, batch: Batch, steps: list[Step], after: LaunchedBatch | None) -> Step:
         steps.append(self._make_step(batch))
+        if after is not None:
+            after.feed(batch)
         return steps[-1]
 
-    def _sample(self, rows: list[Row], outputs: list[torch.Tensor]) -> dict[int, list[SampledToken]]:
-        """The tokens that each row draws whose sequence is computed up to its end."""
-        drawing = [(i, row.cached.states) for i, row in enumerate(rows) if row.cached is not None and row.cached.states]
-        if not drawing:
-            return {}
-        lasts = [_last_token(rows[i]) for i, _ in drawing]
-        step = Step(Batch.pack(lasts, self._base.placement.device), self._slots, self._backend)
+    def _next_logits(self, rows: Sequence[Row], last: torch.Tensor) -> torch.Tensor:
+        """[n, vocabulary] after each row, from the hidden states [n, d] of their last tokens."""
+        batch = Batch.pack([_last_token(row) for row in rows], self._base.placement.device)
         head = self._base.heads[Task.GENERATE]
         assert isinstance(head, TaskHead)
-        logits = head.next_token(step, torch.stack([outputs[i][-1] for i, _ in drawing])).float()  # [n, vocabulary]
-        if any(len(states) > 1 for _, states in drawing):
-            logits = logits.repeat_interleave(
-                torch.tensor([len(states) for _, states in drawing], device=logits.device), dim=0
-            )
-        tokens = iter(self._sampler.sample(logits, [state for _, states in drawing for state in states]))
-        return {i: list(islice(tokens, len(states))) for i, states in drawing}
+        return head.next_token(Step(batch, self._slots, self._backend), last)
 
     def _run_head(
         self, task: Task, chosen: list[int], rows: list[Row], hidden: torch.Tensor, outputs: list[torch.Tensor]
@@ -155,14 +158,3 @@ def _last_token(row: Row) -> Row:
     start = row.cached.start + row.sequence.num_tokens - 1
     last = TokenSequence(row.sequence.input_ids[-1:], None)
     return replace(row, sequence=last, cached=replace(row.cached, start=start))
-
-
-def _on_host(outputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The same in fp32 on the host, by one copy."""
-    if not outputs:
-        return []
-    if all(output.device.type == "cpu" for output in outputs):
-        return [output.float() for output in outputs]
-    together = torch.cat([output.reshape(-1).float() for output in outputs]).cpu()
-    parts = together.split([output.numel() for output in outputs])
-    return [part.view(output.shape) for part, output in zip(parts, outputs, strict=True)]

@@ -36,9 +36,9 @@ def integer_weights(scores: Tensor) -> Tensor:
     return torch.softmax(scores, -1).mul_(_SCALE).floor_()
 
 
-def draw_from_all(weights: Tensor, min_p: Tensor, uniform: Tensor) -> Tensor:
+def draw_from_all(weights: Tensor, min_p: Tensor | None, uniform: Tensor) -> Tensor:
     """A token per row from all that `min_p` leaves, in the order of their ids. `weights` may change. → [rows] int64"""
-    if bool((min_p > 0).any()):
+    if min_p is not None:
         least = (min_p * weights.amax(-1)).float()
         weights = weights.masked_fill_(weights < least[:, None], 0)
     spare = -weights.shape[1] % _BLOCK

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_runtime.sampling.row import Ids, RowState
+from lora_runtime.sampling.transfer import on_device
 
 
 def changes_logits(row: RowState) -> bool:
@@ -36,7 +37,7 @@ def _apply_penalties(logits: Tensor, rows: Sequence[RowState]) -> None:
     factors = np.array([_penalties(rows[index]) for index in penalised], np.float32)  # [penalised, 3]
     places, kept = _places(np.repeat(penalised, lengths), ids, logits)
     numbers = np.concatenate([np.repeat(factors, lengths, 0), counts[:, None]], 1)[kept]  # [seen, 4]
-    repetition, presence, frequency, count = torch.from_numpy(numbers).to(logits.device).unbind(1)
+    repetition, presence, frequency, count = on_device(numbers, logits.device).unbind(1)
     values = logits[places]
     values = torch.where(values < 0, values * repetition, values / repetition)
     logits[places] = values - presence * (count > 0) - frequency * count
@@ -58,7 +59,7 @@ def _block(logits: Tensor, rows: Sequence[RowState]) -> None:
 def _places(index: Ids, ids: Ids, logits: Tensor) -> tuple[tuple[Tensor, Tensor], Ids]:
     """Rows and tokens to index logits with, and which of `ids` they are: a model may have fewer logits than tokens."""
     kept = np.flatnonzero(ids < logits.shape[1])
-    both = torch.from_numpy(np.stack([index[kept], ids[kept]])).to(logits.device)
+    both = on_device(np.stack([index[kept], ids[kept]]), logits.device)
     return (both[0], both[1]), kept
 
 
@@ -72,7 +73,7 @@ def _apply_masks(logits: Tensor, rows: Sequence[RowState]) -> None:
         allowed = mask.allowed()[: bitmask.shape[1]]
         bitmask[place, : len(allowed)] = allowed
     shifts = torch.arange(8, dtype=torch.uint8, device=logits.device)
-    bits = (torch.from_numpy(bitmask).to(logits.device)[:, :, None] >> shifts) & 1  # [masked, bytes, 8]
+    bits = (on_device(bitmask, logits.device)[:, :, None] >> shifts) & 1  # [masked, bytes, 8]
     forbidden = bits.reshape(len(masked), -1)[:, :vocab_size] == 0
-    index = torch.tensor([index for index, _ in masked], device=logits.device)
+    index = on_device([index for index, _ in masked], logits.device)
     logits[index] = logits[index].masked_fill(forbidden, -torch.inf)

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from lora_runtime.sampling.draw import Limits, draw_from_all, draw_from_best, integer_weights, ranked
+from lora_runtime.sampling.drawn import Drawn, Logprobs
 from lora_runtime.sampling.processors import changes_logits, process_logits
 from lora_runtime.sampling.row import RowState
-from lora_runtime.sampling.tokens import SampledToken, TokenLogprob
+from lora_runtime.sampling.tokens import SampledToken
+from lora_runtime.sampling.transfer import on_device
 from lora_runtime.sampling.uniform import uniforms
 
 
@@ -25,26 +27,24 @@ class Sampler:
     """
 
     @torch.inference_mode()
-    def sample(self, logits: Tensor, rows: Sequence[RowState]) -> list[SampledToken]:
-        """`logits` [rows, vocab] fp32, on any device, are not changed; nor are the rows: the caller appends."""
-        assert logits.shape[0] == len(rows) and logits.dtype == torch.float32
-        if not rows:
-            return []
+    def draw(self, logits: Tensor, rows: Sequence[RowState]) -> Drawn:
+        """`logits` [rows, vocab] fp32, on any device, are not changed; nor are the rows: the caller appends.
+
+        On CUDA the tokens are on their way when it returns. Truncated draws wait for the device, the others do not.
+        """
+        assert rows and logits.shape[0] == len(rows) and logits.dtype == torch.float32
         processed = logits
         if any(changes_logits(row) for row in rows):
             processed = logits.clone()
             process_logits(processed, rows)
         is_finite = logits.amax(-1).isfinite()  # NaN counts as the best
         is_fine = is_finite if processed is logits else processed.amax(-1).isfinite()
-        tokens = _draw(processed, rows)
-        drawn = torch.where(is_fine & is_finite, tokens, -1)
-        token_ids = [token if token >= 0 else None for token in drawn.tolist()]
-        finite = is_finite.tolist()
-        results = [SampledToken(token, is_finite=fine) for token, fine in zip(token_ids, finite, strict=True)]
-        told = [k for k, row in enumerate(rows) if row.params.logprobs is not None and token_ids[k] is not None]
-        if told:
-            _tell_logprobs(results, told, logits[torch.tensor(told, device=logits.device)], rows)
-        return results
+        tokens = torch.where(is_fine & is_finite, _draw(processed, rows), -1)
+        return Drawn(tokens, is_finite, _logprobs(logits, tokens, rows))
+
+    def sample(self, logits: Tensor, rows: Sequence[RowState]) -> list[SampledToken]:
+        """The tokens of `draw`."""
+        return self.draw(logits, rows).results() if rows else []
 
 
 def _draw(logits: Tensor, rows: Sequence[RowState]) -> Tensor:
@@ -57,9 +57,10 @@ def _draw(logits: Tensor, rows: Sequence[RowState]) -> Tensor:
     tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
     for part, draw in zip(parts, (_greedy, _truncated, _untruncated), strict=True):
         if part:
-            index = torch.tensor(part, device=logits.device)
-            own = logits if len(part) == len(rows) else logits[index]
-            tokens[index] = draw(own, [rows[k] for k in part])
+            if len(part) == len(rows):
+                return draw(logits, rows)
+            index = on_device(part, logits.device)
+            tokens[index] = draw(logits[index], [rows[k] for k in part])
     return tokens
 
 
@@ -77,7 +78,8 @@ def _truncated(logits: Tensor, rows: Sequence[RowState]) -> Tensor:
 def _untruncated(logits: Tensor, rows: Sequence[RowState]) -> Tensor:
     temperature, min_p, _, uniform, _ = _numbers(rows, logits.device)
     scores = logits / temperature.float()[:, None]
-    return draw_from_all(integer_weights(scores), min_p, uniform)
+    restricts = any(row.params.min_p > 0 for row in rows)
+    return draw_from_all(integer_weights(scores), min_p if restricts else None, uniform)
 
 
 def _numbers(rows: Sequence[RowState], device: torch.device) -> tuple[Tensor, ...]:
@@ -92,20 +94,23 @@ def _numbers(rows: Sequence[RowState], device: torch.device) -> tuple[Tensor, ..
         uniforms(seeds, steps),
         np.array([p.top_k for p in params], np.float64),
     ])  # fmt: skip
-    return torch.from_numpy(columns).to(device).unbind(0)
+    return on_device(columns, device).unbind(0)
 
 
-def _tell_logprobs(results: list[SampledToken], told: list[int], logits: Tensor, rows: Sequence[RowState]) -> None:
-    """Fill in the log-probabilities of the rows `told`. [told, vocab] raw logits"""
+def _logprobs(logits: Tensor, tokens: Tensor, rows: Sequence[RowState]) -> Logprobs | None:
+    """Of the rows that want them, from raw logits."""
+    told = [k for k, row in enumerate(rows) if row.params.logprobs is not None]
+    if not told:
+        return None
+    if len(told) < len(rows):
+        index = on_device(told, logits.device)
+        logits, tokens = logits[index], tokens[index]
     logprobs = torch.log_softmax(logits, -1)
-    chosen = torch.tensor([results[k].token_id for k in told], device=logits.device)
-    own = logprobs.gather(1, chosen[:, None])[:, 0].tolist()
+    chosen = tokens.clamp(min=0)[:, None]
     wanted = [rows[k].params.logprobs or 0 for k in told]
     width = min(max(wanted), logits.shape[1])
-    values, ids = _best(logprobs, width) if width else (logprobs[:, :0], chosen[:, None][:, :0])
-    for k, logprob, count, best, names in zip(told, own, wanted, values.tolist(), ids.tolist(), strict=True):
-        top = tuple(TokenLogprob(*pair) for pair in zip(names[:count], best[:count], strict=True))
-        results[k] = results[k]._replace(logprob=logprob, top_logprobs=top)
+    values, ids = _best(logprobs, width) if width else (logprobs[:, :0], chosen[:, :0])
+    return Logprobs(told, wanted, logprobs.gather(1, chosen)[:, 0], values, ids)
 
 
 def _best(logprobs: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -1,73 +1,15 @@
-"""Writing an adapter folder: built aside under a hidden name, published by one rename, or not at all."""
+"""The adapter folder of what was trained; `adapters/writing.py` stages and publishes it."""
 
 from __future__ import annotations
 
-import json
-import secrets
-import shutil
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save
 
-from lora_runtime.adapters.digests import file_digests
+from lora_runtime.adapters.folder import WEIGHTS_FILE
 from lora_runtime.adapters.metadata import AdapterMetadata
-from lora_runtime.errors import InvalidRequest
+from lora_runtime.adapters.writing import write_config, write_metadata
 from lora_runtime.train.lora import Adapter
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-
-
-@contextmanager
-def staged_folder(out: Path, *, overwrite: bool) -> Generator[Path]:
-    """An empty folder beside `out` that takes its place when the block ends, and vanishes when it raises.
-
-    Its name begins with a dot, which no adapter's may, so a server that watches the parent passes it over.
-    Raises InvalidRequest, before the block, when `out` may not be replaced or its parent cannot be written.
-    """
-    out = out.absolute()
-    check_replaceable(out, overwrite=overwrite)
-    staging = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
-    except OSError as error:
-        raise InvalidRequest("out", f"{out.parent} cannot be written ({error.strerror})") from error
-    try:
-        yield staging
-        check_replaceable(out, overwrite=overwrite)
-        _publish(staging, out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def check_replaceable(out: Path, *, overwrite: bool) -> None:
-    """Raise InvalidRequest unless `out` is absent, empty, or, with `overwrite`, an adapter's folder."""
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise InvalidRequest("out", f"{out} exists and is not a folder")
-    if not out.exists() or not any(out.iterdir()):
-        return
-    if not overwrite:
-        raise InvalidRequest("out", f"{out} is not empty; choose another folder, or set overwrite")
-    if not (out / CONFIG_FILE).is_file():
-        raise InvalidRequest("out", f"{out} holds something else than an adapter, and is not overwritten")
-
-
-def _publish(staging: Path, out: Path) -> None:
-    if not out.exists():
-        staging.rename(out)
-        return
-    old = staging.with_suffix(".replaced")
-    out.rename(old)
-    try:
-        staging.rename(out)
-    except OSError:
-        old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_adapter(folder: Path, adapter: Adapter, metadata: AdapterMetadata) -> None:
@@ -77,13 +19,6 @@ def write_adapter(folder: Path, adapter: Adapter, metadata: AdapterMetadata) -> 
     """
     # save() and write_bytes(), since save_file() leaves a file that only its owner may read
     (folder / WEIGHTS_FILE).write_bytes(save(adapter.tensors(), metadata={"format": "pt"}))
-    config = _config_json(adapter.config(), metadata.base_model_name)
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    digests = file_digests(folder, (CONFIG_FILE, WEIGHTS_FILE))
-    metadata.model_copy(update={"digests": digests}).write(folder)
-
-
-def _config_json(config: dict[str, Any], base_name: str | None) -> dict[str, Any]:
-    """PEFT's own dictionary, in an order that does not change from run to run."""
-    values = {**config, "base_model_name_or_path": base_name, "inference_mode": True}
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(values.items())}
+    named = {"base_model_name_or_path": metadata.base_model_name, "inference_mode": True}
+    write_config(folder, adapter.config() | named)
+    write_metadata(folder, metadata)

@@ -24,8 +24,9 @@ from lora_runtime.batch import Resident, Row
 from lora_runtime.kernels.grouped_lora.registry import BackendResources, backend_for_base
 from lora_runtime.kernels.grouped_lora.triton_backend.capturable import CapturableLora
 from lora_runtime.model.base import PackedBackbone
+from lora_runtime.model.buckets import GraphSettings
 from lora_runtime.model.capture import CudaCapture
-from lora_runtime.model.graphs import GraphedBackbone, GraphSettings
+from lora_runtime.model.graphs import GraphedBackbone
 from lora_runtime.model.load import load_base
 from lora_runtime.model.runner import PackedRunner
 from lora_runtime.types import Task, TokenSequence

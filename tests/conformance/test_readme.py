@@ -17,7 +17,7 @@ from server.runner_metrics import HELP as RUNNER_SERIES
 from server.tenancy.usage_metrics import SERIES as TENANT_SERIES
 from tests.benchmarks.render import ROOT, render
 
-COMMANDS = {"serve", "train", "demo", "bench", "adapters", "generate", "translate", "chat"}
+COMMANDS = {"serve", "train", "extract", "compress", "demo", "bench", "adapters", "generate", "translate", "chat"}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from lora_runtime.kv_blocks import BlockCopy, BlockPool, KvConfig, Namespace, bl
 from lora_runtime.model import kv_cache
 from lora_runtime.model.kv_cache import KvCache, KvLayout, default_block_tokens, paged_varlen_attention
 from lora_runtime.model.kv_layouts import SequenceSpan
+from tests.paged_attention import varlen_as_documented
 
 CPU = torch.device("cpu")
 LAYOUTS = [KvLayout.ROWS, *([KvLayout.COLUMNS] if GemmBatch.find() is not None else [])]
@@ -239,37 +241,11 @@ def test_copies_of_blocks_are_whole(layout: KvLayout) -> None:
     assert_close(world.attend([(1, 0, 4)]), world.wanted([(1, 0, 4)]))
 
 
-def stand_in(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seq_q: torch.Tensor,
-    cu_seq_k: torch.Tensor | None,
-    max_q: int,
-    max_k: int,
-    *,
-    scale: float,
-    window_size: tuple[int, int],
-    enable_gqa: bool,
-    seqused_k: torch.Tensor,
-    block_table: torch.Tensor,
-) -> torch.Tensor:
-    """`varlen_attn` by its documentation, bottom right aligned as FlashAttention's causal mask is."""
-    assert {t.dtype for t in (cu_seq_q, seqused_k, block_table)} == {torch.int32}
-    assert k.dim() == 4 and enable_gqa == (q.shape[1] != k.shape[2])
-    lengths = cu_seq_q.diff().tolist()
-    assert max(lengths) == max_q and int(seqused_k.max()) == max_k
-    assert cu_seq_k is not None and cu_seq_k.diff().tolist() == seqused_k.tolist()
-    parts: list[torch.Tensor] = []
-    for queries, used, table in zip(q.split(lengths), seqused_k.tolist(), block_table.tolist(), strict=True):
-        keys, values = (t[table].flatten(0, 1)[:used].transpose(0, 1) for t in (k, v))
-        distance = torch.arange(used)[-len(queries) :, None] - torch.arange(used)
-        seen = (distance >= -window_size[1]) & ((window_size[0] < 0) | (distance <= window_size[0]))
-        attended = F.scaled_dot_product_attention(
-            queries.transpose(0, 1), keys, values, attn_mask=seen, scale=scale, enable_gqa=True
-        )
-        parts.append(attended.transpose(0, 1))
-    return torch.cat(parts)
+def stand_in(q: torch.Tensor, *args: Any, **more: Any) -> torch.Tensor:
+    """Told exactly how long the longest sequence is."""
+    queries, _, max_q, max_k = args[2:]
+    assert int(queries.diff().max()) == max_q and int(more["seqused_k"].max()) == max_k
+    return varlen_as_documented(q, *args, **more)
 
 
 @pytest.mark.parametrize("rule", [Rule(), Rule(window=3), Rule(window=1, scale=0.3)])

@@ -1,5 +1,7 @@
 """Any mix of prompts, samples, cancels, adapters that come and go, and a cache that is too small: every request ends,
-each token is computed in its turn, budgets hold, and at the end every block and every adapter is given back."""
+each token is computed in its turn, budgets hold, and at the end every block and every adapter is given back.
+
+With steps in turn, and with each step planned before the one before it has landed."""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from typing import Any
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from lora_runtime.continuation import Continuation
 from lora_runtime.decoding import Decoding
@@ -25,6 +27,7 @@ from lora_runtime.types import AdapterCard, AdapterId, ProblemType, Request, Tas
 
 BUDGET, MAX_SEQUENCES, MAX_BEGUN = 12, 8, 5
 BLOCK, NUM_BLOCKS, MAX_LENGTH = 4, 7, 24
+END = 100  # tokens from which on are drawn
 ADAPTERS = [AdapterId("default", name, 1) for name in ("a0", "a1", "alora")]
 CARD = AdapterCard(Task.GENERATE, None, ProblemType.SINGLE_LABEL, None, None, None)
 
@@ -69,6 +72,12 @@ class DecodingMachine(RuleBasedStateMachine):
         self.tickets: dict[str, Ticket] = {}
         self.stored: dict[int, tuple[str, tuple[int, ...]]] = {}  # slot → by whom, and the tokens up to it
         self.count = 0
+        self.ahead = False
+        self.flight: list[Work] = []
+
+    @initialize(ahead=st.booleans())
+    def begin(self, ahead: bool) -> None:
+        self.ahead = ahead
 
     @rule(
         adapter=st.sampled_from(ADAPTERS),
@@ -76,11 +85,15 @@ class DecodingMachine(RuleBasedStateMachine):
         prompts=st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=20), min_size=1, max_size=3),
         samples=st.integers(1, 3),
         num_new=st.integers(1, 9),
+        ends_at=st.integers(2, MAX_LENGTH),
     )
-    def arrive(self, adapter: AdapterId, tenant: str, prompts: list[list[int]], samples: int, num_new: int) -> None:
+    def arrive(
+        self, adapter: AdapterId, tenant: str, prompts: list[list[int]], samples: int, num_new: int, ends_at: int
+    ) -> None:
         params = SamplingParams(max_new_tokens=num_new, n=samples, temperature=1.0, seed=self.count)
         sequences = tuple(TokenSequence(tuple(prompt), None) for prompt in prompts)
-        self.add(adapter, tenant, sequences, Task.GENERATE, Generation(params, NoText))
+        generation = Generation(params, NoText, frozenset({END + ends_at}))
+        self.add(adapter, tenant, sequences, Task.GENERATE, generation)
 
     @rule(adapter=st.sampled_from(ADAPTERS), tenant=st.sampled_from(["t0", "t1"]), length=st.integers(1, BUDGET + 3))
     def classify(self, adapter: AdapterId, tenant: str, length: int) -> None:
@@ -111,9 +124,11 @@ class DecodingMachine(RuleBasedStateMachine):
 
     @rule()
     def step(self) -> None:
+        if self.flight and not self.decoding.can_run_ahead:
+            self.land()
         holding = [one for t in self.tickets.values() for one in t.begun if one.table is not None]
         oldest = min(holding, key=lambda one: one.order, default=None)
-        oldest = oldest if oldest is not None and oldest.is_running else None
+        oldest = oldest if oldest is not None and oldest.is_running and not self.ahead else None
         before = len(oldest.tokens) if oldest is not None else 0
         work = self.scheduler.schedule(lambda adapter: adapter in self.ready)
         chunks = [item for item in work if not is_decode(item)]
@@ -131,35 +146,59 @@ class DecodingMachine(RuleBasedStateMachine):
                     if at in self.stored:
                         self.stored[to] = self.stored[at]
         for item in work:
-            self.run(item)
+            self.compute(item)
+        self.land()
+        self.flight = work
+        if not self.ahead:
+            self.land()
         if oldest is not None:
             assert oldest.result is not None or len(oldest.tokens) == before + 1, "the oldest did not go on"
-        for name, ticket in list(self.tickets.items()):
-            if len(ticket.outputs) == len(ticket.request.sequences):
-                self.scheduler.finish(self.tickets.pop(name))
 
-    def run(self, item: Work) -> None:
-        one = item.continuation
+    def compute(self, item: Work) -> None:
+        one, generation = item.continuation, item.ticket.request.generation
         if one is None:
-            item.ticket.outputs[item.index] = object()  # pyright: ignore[reportArgumentType]
             return
-        assert one.table is not None
+        assert one.table is not None and generation is not None
+        if item.start == len(one.tokens):
+            num_new = item.start + 1 - one.num_prompt
+            most = min(MAX_LENGTH - one.num_prompt, generation.params.max_new_tokens)
+            assert self.ahead and num_new < most, "a token is computed that nobody needs"
         for position in range(item.start, item.start + item.count):
             self.stored[one.table.slot(position)] = content(item.ticket, one, position)
         for position in range(item.start + item.count):
             assert self.stored[one.table.slot(position)] == content(item.ticket, one, position), "another's past"
+
+    def land(self) -> None:
+        """What ended after the step was planned is dropped."""
+        work, self.flight = self.flight, []
+        for item in work:
+            one = item.continuation
+            if item.ticket.done or (one is not None and one.result is not None):
+                continue
+            if one is None:
+                item.ticket.outputs[item.index] = object()  # pyright: ignore[reportArgumentType]
+                continue
+            self.draw(item)
+        for name, ticket in list(self.tickets.items()):
+            if len(ticket.outputs) == len(ticket.request.sequences):
+                self.scheduler.finish(self.tickets.pop(name))
+
+    def draw(self, item: Work) -> None:
         self.decoding.computed(item, 1.0)
         for branch in item.branches:
-            assert branch.num_left == 0
-            branch.take(SampledToken(len(branch.tokens) % 2))
-            if branch.result is not None:
-                self.decoding.end(branch)
-                generated = item.ticket.generated(item.index)
-                if generated is not None:
-                    assert item.ticket.request.generation is not None
-                    assert len(generated.samples) == item.ticket.request.generation.params.n
-                    assert all(sample.finish_reason is FinishReason.LENGTH for sample in generated.samples)
-                    item.ticket.outputs[item.index] = generated
+            assert branch.num_left <= 0
+            branch.take(SampledToken(next_token(branch)))
+            if branch.result is None:
+                self.decoding.drew(branch)
+                continue
+            self.decoding.end(branch)
+            generated = item.ticket.generated(item.index)
+            if generated is not None:
+                assert item.ticket.request.generation is not None
+                assert len(generated.samples) == item.ticket.request.generation.params.n
+                ends = {sample.finish_reason for sample in generated.samples}
+                assert ends <= {FinishReason.LENGTH, FinishReason.EOS}
+                item.ticket.outputs[item.index] = generated
 
     @invariant()
     def whole(self) -> None:
@@ -177,6 +216,7 @@ class DecodingMachine(RuleBasedStateMachine):
                 break
             self.step()
             self.whole()
+        self.land()
         assert not self.tickets, "requests wait for ever"
         assert not self.decoding.stats().num_begun and not self.decoding.stats().blocks.num_used
 
@@ -188,7 +228,14 @@ def is_decode(item: Work) -> bool:
 def content(ticket: Ticket, one: Continuation, position: int) -> tuple[str, tuple[int, ...]]:
     """What the keys and values at a position depend on."""
     by = "base" if position < one.num_inactive else ticket.adapter.name
-    return f"{ticket.tenant}/{by}/{min(position + 1, one.num_inactive)}", tuple(one.tokens[: position + 1])
+    tokens = [*one.tokens, next_token(one)]  # the last is drawn by the step before
+    assert position < len(tokens)
+    return f"{ticket.tenant}/{by}/{min(position + 1, one.num_inactive)}", tuple(tokens[: position + 1])
+
+
+def next_token(one: Continuation) -> int:
+    """What it draws after its tokens: one that some requests end with, another for each length."""
+    return END + len(one.tokens)
 
 
 TestDecoding = DecodingMachine.TestCase

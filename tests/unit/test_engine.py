@@ -15,7 +15,8 @@ import torch
 
 from lora_runtime.adapters.checkpoint import read_planned
 from lora_runtime.arena import RankArena, SlotTable
-from lora_runtime.engine import Engine, EngineSettings
+from lora_runtime.engine import Engine
+from lora_runtime.engine_settings import EngineSettings
 from lora_runtime.errors import (
     AdapterAlreadyExists,
     AdapterFailed,

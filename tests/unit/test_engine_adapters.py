@@ -14,7 +14,8 @@ import safetensors.torch
 from lora_runtime.adapters.loader import LocalFolder
 from lora_runtime.adapters.sources.api import Origin
 from lora_runtime.arena import RankArena, SlotTable
-from lora_runtime.engine import Engine, EngineSettings
+from lora_runtime.engine import Engine
+from lora_runtime.engine_settings import EngineSettings
 from lora_runtime.errors import (
     AdapterFailed,
     AdapterInUse,

@@ -5,14 +5,16 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
 from lora_runtime.errors import InvalidRequest, MultiloraError, RequestCancelled, TextTooLong
 from lora_runtime.generation import Delta, Generation
+from lora_runtime.model.launched import LaunchedBatch
+from lora_runtime.model.runner import PackedRunner
 from lora_runtime.runtime import Runtime, RuntimeSettings
 from lora_runtime.sampling.finish import FinishReason
 from lora_runtime.sampling.params import SamplingParams
@@ -35,9 +37,10 @@ def adapter(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_generator(base.folder, folder, seed=1, r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
 
 
-@pytest.fixture
-def runtime(base: Base, adapter: Path) -> Iterator[Runtime]:
-    settings = RuntimeSettings(num_threads=1, token_budget=32, kv_bytes=256 << 10, kv_block_tokens=8)
+@pytest.fixture(params=[False, True], ids=["in turn", "ahead"])
+def runtime(request: pytest.FixtureRequest, base: Base, adapter: Path) -> Iterator[Runtime]:
+    ahead: bool = request.param
+    settings = RuntimeSettings(num_threads=1, token_budget=32, kv_bytes=256 << 10, kv_block_tokens=8, run_ahead=ahead)
     with Runtime(base.folder, settings) as runtime:
         runtime.load(adapter, name="a")
         yield runtime
@@ -228,3 +231,29 @@ def test_a_tenant_with_little_to_ask_begins_while_anothers_long_texts_fill_the_c
         assert not any(future.done() for future in many), "it waited for one of the other tenant's"
         assert all(len(samples_of(future.result(120))[0].tokens) == 50 for future in many)
         assert_given_back(runtime)
+
+
+@pytest.mark.parametrize("where", ["launch", "draw", "answers"])
+def test_a_step_that_fails_is_made_again_and_the_texts_are_the_same(
+    runtime: Runtime, base: Base, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """With the next step under way or not: it is planned anew from what is known then."""
+    asking = Asking(runtime.engine, base.folder)
+    want = [token_ids(asking.ask(owner, [5, 6, 7], LONG)) for owner in (BASE, adapter_id("a"))]
+    count = 0
+
+    def fails_sometimes(wrapped: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **more: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count in (5, 20):
+                raise RuntimeError("the device is gone for a moment")
+            return wrapped(*args, **more)
+
+        return call
+
+    target = PackedRunner if where == "launch" else LaunchedBatch
+    monkeypatch.setattr(target, where, fails_sometimes(getattr(target, where)))
+    asked = [asking.submit(owner, [[5, 6, 7]], LONG)[1] for owner in (BASE, adapter_id("a"))]
+    assert [token_ids(samples_of(future.result(60))[0]) for future in asked] == want
+    assert count > 20

@@ -25,42 +25,16 @@ from lora_runtime.kernels.grouped_lora.triton_backend import backend as backend_
 from lora_runtime.kernels.grouped_lora.triton_backend.backend import TritonGroupedLora
 from lora_runtime.kernels.grouped_lora.triton_backend.kernels import shrink_kernel
 from lora_runtime.model.base import BaseModel, PackedBackbone
-from lora_runtime.model.capture import Captured, CudaCapture, Forward
-from lora_runtime.model.graphs import NO_LORA, Eager, GraphedBackbone, GraphSettings, Variant
+from lora_runtime.model.buckets import GraphSettings
+from lora_runtime.model.capture import CudaCapture
+from lora_runtime.model.graphs import NO_LORA, Eager, GraphedBackbone, GraphKey, Variant
 from lora_runtime.model.load import load_base
 from lora_runtime.model.runner import PackedRunner
 from lora_runtime.types import Site, TokenSequence
+from tests.graph_capture import RecordingCapture
 from tests.resident_adapters import put_random_adapter
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-class Again:
-    """Makes the call again: what a graph does, without its speed."""
-
-    def __init__(self, forward: Forward) -> None:
-        self._forward = forward
-
-    def replay(self) -> torch.Tensor:
-        return self._forward()
-
-
-@dataclass
-class RecordingCapture:
-    """Captures by keeping the call; each is said to take `bytes_each`."""
-
-    bytes_each: int = 0
-    count: int = 0
-    fails: bool = False
-
-    def capture(self, forward: Forward) -> Captured:
-        if self.fails:
-            raise RuntimeError("operation not permitted when stream is capturing\nmore")
-        self.count += 1
-        return Again(forward)
-
-    def reserved_bytes(self) -> int:
-        return self.count * self.bytes_each
 
 
 @dataclass
@@ -212,7 +186,9 @@ def test_what_is_captured_is_what_the_adapters_need_the_most_common_first(tiny_b
     assert rig.graphs._wanted()[:4] == wanted
     assert rig.graphs._wanted()[4] == Variant(frozenset(s.group for s in rig.base.spec.sites if not s.per_sequence), 16)
     assert rig.graphs.capture() == 5, "55 bytes hold five graphs"
-    assert rig.graphs.captured == {(n, v) for v in wanted[:2] for n in (16, 32)} | {(32, Variant(mlp, 8))}
+    assert rig.graphs.captured == {GraphKey(n, v) for v in wanted[:2] for n in (16, 32)} | {
+        GraphKey(32, Variant(mlp, 8))
+    }
     assert rig.graphed.stats().graph_bytes == 50
     rig.check([rig.row(4, rig.add(2, "intermediate.dense"))], replayed=False)
     assert rig.graphed.stats().eager_steps == {"extras": 0, "size": 0, "cached": 0, "variant": 1}
@@ -262,7 +238,7 @@ def test_more_slots_than_the_device_has_room_for_are_captured_again(tiny_bert: P
     before, captured = rig.capture.count, rig.graphs.captured
     adapters += [rig.add(4, "query") for _ in range(6)]
     rig.check([rig.row(3, adapters[0]), rig.row(3, adapters[-1])])
-    with_lora = [key for key in captured if key[1].groups]
+    with_lora = [key for key in captured if key.variant.groups]
     assert rig.graphs.captured == captured
     assert rig.capture.count == before + len(with_lora) > before
     rig.check([rig.row(4, adapters[3]), rig.row(5)])
@@ -290,6 +266,8 @@ def test_buckets_double_up_to_the_budget() -> None:
     assert GraphSettings.usual(1, 256, 8, 512).buckets == (16, 32, 64, 128, 256)
     assert GraphSettings.usual(1, 100, 8, 512).buckets == (16, 32, 64, 100)
     assert GraphSettings.usual(1, 8, 8, 512).buckets == (16,)
+    assert GraphSettings.usual(1, 8, 8, 512).decodes == ()
+    assert GraphSettings.usual(1, 8, 8, 512, 24).decodes == (1, 2, 4, 8, 16, 24)
 
 
 def test_nothing_is_compiled_by_backends_that_compile_nothing(tiny_bert: Path) -> None:
