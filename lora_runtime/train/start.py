@@ -10,9 +10,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lora_runtime.adapters.config import CONFIG_FILE
+from lora_runtime.adapters.folder import WEIGHTS_FILE
 from lora_runtime.adapters.metadata import AdapterMetadata, read_json_object, read_metadata
 from lora_runtime.errors import AdapterRejected, InvalidRequest
-from lora_runtime.train.folder import CONFIG_FILE, WEIGHTS_FILE
 from lora_runtime.train.lora import Adapter
 from lora_runtime.train.task_base import TaskBase
 from lora_runtime.train.tasks.api import TrainTask
