@@ -68,7 +68,7 @@ NEWS_GPT2 = Case(
     (Test("ag_news/test.csv", at_least=(("accuracy", 0.8),)),),
 )  # fmt: skip
 
-_SQUAD = Part("squad1/train.json", 1500)
+_SQUAD = Part("squad1/train.json", 1000)
 READER = Case(
     "reader",
     "answer",
