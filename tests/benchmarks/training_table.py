@@ -90,7 +90,7 @@ def _served(cases: dict[str, Any]) -> str:
         how = "token for token" if exact else f"the largest relative difference {served['largest_difference']:.0e}"
         parts.append(
             f"{served['requests']} requests of {served['adapters']} adapters at once ({served['others']} of them "
-            f"served before, up to {served['most_adapters_in_a_batch']} in one batch): {how}"
+            f"served before, {served['adapters_in_a_batch']} or more in one batch): {how}"
         )
     return (
         "Each was uploaded to a server that already had others, and asked there; the figures are of its answers. "

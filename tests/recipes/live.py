@@ -88,14 +88,15 @@ class Live(ServerProcess):
         ]
         return [result.samples[0].text for reply in replies for result in reply.results]
 
-    def most_adapters_in_a_batch(self) -> int:
-        """Of all batches so far: the lowest bound of the histogram that holds every batch."""
+    def adapters_in_a_batch(self) -> int:
+        """So many at least were in one of the batches so far: the histogram's bucket that holds the largest."""
         with urllib.request.urlopen(self.metrics_url, timeout=10) as page:
             lines = page.read().decode().splitlines()
         buckets = [line for line in lines if line.startswith("multilora_batch_adapters_bucket")]
         counts = [(line.split('le="')[1].split('"')[0], float(line.rpartition(" ")[2])) for line in buckets]
         total = max(count for _, count in counts)
-        return int(float(next(bound for bound, count in counts if count == total)))
+        below = [float(bound) for bound, count in counts if count < total]
+        return int(max(below, default=-1)) + 1
 
 
 def classify_request(adapter: str, rows: Sequence[Row], **options: Any) -> inference_pb2.ClassifyRequest:

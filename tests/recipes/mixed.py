@@ -110,7 +110,7 @@ class Mixed:
         return {
             "adapters": len(self._asked),
             "requests": len(calls),
-            "most_adapters_in_a_batch": self._live.most_adapters_in_a_batch(),
+            "adapters_in_a_batch": self._live.adapters_in_a_batch(),
             "largest_difference": largest,
         }
 
