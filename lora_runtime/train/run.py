@@ -30,6 +30,7 @@ from lora_runtime.train.quantized import check_quantisation
 from lora_runtime.train.report.write import write_report
 from lora_runtime.train.reporting import run_report
 from lora_runtime.train.settings import Init, TrainSettings
+from lora_runtime.train.start import start_from
 from lora_runtime.train.task_base import TaskBase, load_task_base, quiet_transformers
 from lora_runtime.train.tasks import make_task
 from lora_runtime.train.tasks.api import Encoded, TrainTask
@@ -94,6 +95,8 @@ class _Run:
         _check_max_length(settings, self._base)
         self._encoded = task.encode(self._base)
         self._adapter = add_lora(self._base, task.shape, settings)
+        if settings.lora.start_from is not None:
+            start_from(settings.lora.start_from, self._adapter, task, self._base)
 
     def fit(self) -> tuple[TrainPlan, Fitted]:
         if self._process.is_first and self._work.keeps:

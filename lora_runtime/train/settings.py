@@ -99,6 +99,7 @@ class LoraChoices:
     rslora: bool = False  # scaling alpha / sqrt(rank) (Kalajdzievski 2023)
     dora: bool = False  # a trained magnitude for each row of W + BA (Liu et al. 2024)
     init: Init = Init.DEFAULT
+    start_from: Path | None = None  # an adapter of the same base, task and form to go on from
 
     def __post_init__(self) -> None:
         # a converted adapter has twice the rank of the one that was trained
@@ -108,6 +109,8 @@ class LoraChoices:
             _require(0 < self.alpha < math.inf, "alpha", self.alpha, "greater than 0")
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "0 up to, not including, 1")
         _require(self.target_modules != (), "target_modules", "empty", "names of linear modules")
+        if self.start_from is not None and self.init is not Init.DEFAULT:
+            raise InvalidRequest("start_from", f"gives A and B, and so does init {self.init}; leave one of them out")
 
     @property
     def lora_alpha(self) -> float:

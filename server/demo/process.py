@@ -21,7 +21,9 @@ class ServerDidNotStart(Exception):
 class ServerProcess:
     """Started on free loopback ports; SERVING once entered, stopped by SIGTERM when left unless kept."""
 
-    def __init__(self, base: str, adapters: Path, threads: int, port: int | None = None) -> None:
+    def __init__(
+        self, base: str, adapters: Path, threads: int, port: int | None = None, *, start_limit_s: float = 60
+    ) -> None:
         self.port, self.metrics_port = _free_port(port or 0), _free_port()
         self.log = adapters.parent / "server.log"
         self._command = [
@@ -29,6 +31,7 @@ class ServerProcess:
             "--adapters", str(adapters), "--port", str(self.port), "--metrics-port", str(self.metrics_port),
             "--threads", str(threads),
         ]  # fmt: skip
+        self._start_limit_s = start_limit_s
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -43,7 +46,7 @@ class ServerProcess:
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(self._command, stdout=log, stderr=subprocess.STDOUT)
         try:
-            self._wait_serving(60)
+            self._wait_serving(self._start_limit_s)
         except BaseException:
             self.stop()
             raise

@@ -81,6 +81,9 @@ def shared(
     init: Annotated[
         Init, _lora("How A and B begin; pissa and olora are written as plain LoRA of twice the rank.")
     ] = Init.DEFAULT,
+    start_from: Annotated[
+        Path | None, _lora("An adapter's folder to go on from: same base, task, labels and choices of LoRA.")
+    ] = None,
     learning_rate: Annotated[float, _training("Peak learning rate.")] = 1e-3,
     scheduler: Annotated[Schedule, _training("The learning rate after the warm-up.")] = Schedule.LINEAR,
     warmup_ratio: Annotated[float, _training("The part of all steps that warms up.")] = 0.1,
@@ -118,7 +121,7 @@ def shared(
         base,
         DataFiles(train, valid, valid_share, max_length),
         RunSettings(out, seed, threads, overwrite, resume, tensorboard=tensorboard, report=report),
-        LoraChoices(rank, alpha, dropout, None if targets == ("auto",) else targets, rslora, dora, init),
+        LoraChoices(rank, alpha, dropout, None if targets == ("auto",) else targets, rslora, dora, init, start_from),
         Optimisation(
             learning_rate=learning_rate,
             schedule=scheduler,

@@ -19,6 +19,7 @@ from tests.benchmarks.kernels_table import kernels_table
 from tests.benchmarks.quantized_table import quantized_table
 from tests.benchmarks.runner_table import runner_table
 from tests.benchmarks.tenants_table import tenants_table
+from tests.benchmarks.training_table import training_table
 from tests.conformance.cases import CASES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,6 +116,7 @@ _RESULTS = {
     "kernels": kernels_table,
     "quantized": quantized_table,
     "runner": runner_table,
+    "training": training_table,
 }
 
 

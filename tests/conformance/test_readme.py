@@ -34,8 +34,9 @@ def test_every_command_named_exists() -> None:
 
 
 def test_every_flag_named_exists() -> None:
-    """Ours, the benchmarks', pytest's of the test command, and torchrun's."""
-    benchmarks = [path.read_text(encoding="utf-8") for path in (ROOT / "tests" / "benchmarks").glob("*.py")]
+    """Ours, the benchmarks' and the recipes', pytest's of the test command, and torchrun's."""
+    folders = ("benchmarks", "recipes")
+    benchmarks = [path.read_text(encoding="utf-8") for name in folders for path in (ROOT / "tests" / name).glob("*.py")]
     known = {
         "--help",
         "--dist",

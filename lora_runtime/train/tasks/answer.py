@@ -103,8 +103,9 @@ class AnswerTask(TrainTask):
         return logits[wanted], labels[wanted]
 
     def predict(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """[B, T, 2]: batches of other lengths are padded along the second axis alone."""
         del labels
-        return logits
+        return logits.transpose(1, 2)
 
     def score(self, predictions: Array, labels: Array) -> dict[str, float]:
         del labels
@@ -124,7 +125,7 @@ class AnswerTask(TrainTask):
         texts: list[str] = []
         for row, windows in zip(self.rows.valid, self._windows, strict=True):
             logits = [
-                SpanLogits(*(side[: len(window.offsets)].tolist() for side in both))
+                SpanLogits(*both[: len(window.offsets)].T.tolist())
                 for window, both in zip(windows, islice(rows, len(windows)), strict=True)
             ]
             spans = best_spans(
