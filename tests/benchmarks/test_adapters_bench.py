@@ -28,6 +28,7 @@ def reply(version: int, logits: np.ndarray) -> inference_pb2.ClassifyResponse:
     return inference_pb2.ClassifyResponse(version=version, results=results)
 
 
+@pytest.mark.slow
 def test_every_part_completes_and_is_checked(tmp_path: Path) -> None:
     out = tmp_path / "adapters.json"
     done = CliRunner().invoke(bench_app, ["adapters", "--scale", "small", "--out", str(out)])

@@ -21,6 +21,7 @@ def outcome(code: str, ended: float) -> Outcome:
     return Outcome(code, due=0.0, sent=0.5, ended=ended, num_texts=8)
 
 
+@pytest.mark.slow
 def test_every_part_completes_and_is_checked(tmp_path: Path) -> None:
     out = tmp_path / "tenants.json"
     done = CliRunner().invoke(bench_app, ["tenants", "--scale", "small", "--threads", "1", "--out", str(out)])

@@ -374,6 +374,7 @@ for depth in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
     """Not even at full rank, where the adapter is larger than the model. Nor is PEFT needed."""
     for depth in (1, 12):

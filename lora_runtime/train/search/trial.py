@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from optuna.trial import Trial
 
 
-class _Pruned(MultiloraError):
+class TrialPruned(MultiloraError):
     """Ends a trial that is not worth its time."""
 
 
@@ -52,7 +52,7 @@ class _PruningObserver:
         if number not in told:
             self._trial.report(report.metrics[self._selection], number)
         if report.step < self._num_steps and self._trial.should_prune():
-            raise _Pruned("worse than the median of the trials before it")
+            raise TrialPruned("worse than the median of the trials before it")
 
 
 def trial_folder(work: Path, number: int) -> Path:
@@ -87,7 +87,7 @@ def run_trial(
     try:
         made = trial_settings(settings, values, folder, trial.number + 1)
         report = train(made, _PruningObserver(trial, selection, made.optim.eval_steps, made.optim.epochs, observer))
-    except _Pruned:
+    except TrialPruned:
         return TrialState.PRUNED, None, ""
     except InvalidRequest as error:
         fields = {PARAMETERS[name].field for name in values} | {"learning_rate"}  # blamed where a run diverged
