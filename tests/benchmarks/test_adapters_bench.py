@@ -50,6 +50,7 @@ def test_every_part_completes_and_is_checked(tmp_path: Path) -> None:
     assert "| measured |" in adapters_table("adapters", result)
 
 
+@pytest.mark.slow
 def test_a_wrong_answer_ends_the_run_without_a_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = Reference.compute
 

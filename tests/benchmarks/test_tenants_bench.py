@@ -40,6 +40,7 @@ def test_every_part_completes_and_is_checked(tmp_path: Path) -> None:
     assert "| measured |" in tenants_table("tenants", result)
 
 
+@pytest.mark.slow
 def test_an_answer_of_another_tenant_ends_the_run_without_a_figure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

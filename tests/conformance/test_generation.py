@@ -6,6 +6,7 @@ import random
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,6 +37,7 @@ RANKS = (1, 3, 8, 16)
 BASE = AdapterId("default", "base", 1)
 BLOCK_TOKENS = 8
 ALL_REQUESTS = ("gpt2", "llama", "qwen2", "gemma")
+BOTH_WAYS = ("gpt2", "llama")  # with the prefix cache and steps in turn, and without and each step planned ahead
 NUM_ADAPTERS, NUM_REQUESTS, NUM_POSITIONS = 16, 32, 96
 
 
@@ -56,7 +58,13 @@ class World:
         return self.known[key]
 
 
-@pytest.fixture(scope="module", params=sorted(GENERATORS))
+def _families() -> list[Any]:
+    """Those whose architecture is a variation of another's are slow."""
+    marks = {name: () if name in ALL_REQUESTS else (pytest.mark.slow,) for name in GENERATORS}
+    return [pytest.param(name, marks=marks[name]) for name in sorted(GENERATORS)]
+
+
+@pytest.fixture(scope="module", params=_families())
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
     root = tmp_path_factory.mktemp("generation")
     base = build_base(request.param, root, GENERATORS[request.param])
@@ -88,14 +96,14 @@ def test_texts_of_many_adapters_at_once_are_those_of_each_alone(world: World) ->
     num_requests = NUM_REQUESTS if world.base.name in ALL_REQUESTS else NUM_REQUESTS // 2
     prompts = draw_prompts(world.base, num_requests)
     owners = [None if n // 2 % 8 == 7 else f"a{n // 2}" for n in range(num_requests)]
-    for prefix_cache in (True, False) if world.base.name in ALL_REQUESTS else (True,):
+    for prefix_cache in (True, False) if world.base.name in BOTH_WAYS else (True,):
         settings = RuntimeSettings(
             num_threads=1,
             token_budget=24,
             kv_bytes=kv_bytes(world, num_blocks=30),
             kv_block_tokens=BLOCK_TOKENS,
             prefix_cache=prefix_cache,
-            run_ahead=not prefix_cache or num_requests < NUM_REQUESTS,
+            run_ahead=not prefix_cache or world.base.name not in BOTH_WAYS,
         )
         check_texts(world, settings, owners, prompts, [0])
 

@@ -34,13 +34,14 @@ def test_every_command_named_exists() -> None:
 
 
 def test_every_flag_named_exists() -> None:
-    """Ours, the benchmarks' and the recipes', pytest's of the test command, and torchrun's."""
+    """Ours, the benchmarks' and the recipes', pip's and pytest's of the test command, and torchrun's."""
     folders = ("benchmarks", "recipes")
     benchmarks = [path.read_text(encoding="utf-8") for name in folders for path in (ROOT / "tests" / name).glob("*.py")]
     known = {
         "--help",
         "--dist",
         "--nproc-per-node",
+        "--no-compile",
         *flags_of(get_command(app)),
         *re.findall(r'add_argument\(\s*"(--[a-z-]+)"', "".join(benchmarks)),
     }

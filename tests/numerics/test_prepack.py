@@ -120,6 +120,7 @@ def test_where_onednn_is_missing_or_inexact_the_projections_stay_as_they_are(
     assert "projections are not prepacked" in caplog.text
 
 
+@pytest.mark.slow
 def test_compiled_products_of_many_batch_sizes_take_little_memory() -> None:
     """In a process of its own: the limits are read once. Without them it grows by 200 MB and more."""
     script = """

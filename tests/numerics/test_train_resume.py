@@ -56,9 +56,9 @@ CHOICES = [
     (3, {"dropout": 0.1}),  # in the first epoch, before any validation pass
     (STEPS_PER_EPOCH, {}),  # at the end of one
     (9, {"schedule": Schedule.REDUCE_ON_PLATEAU, "eval_steps": 4}),
-    (8, {"optimizer": Optimizer.LORA_FA, "gradient_accumulation": 1}),
-    (8, {"init": Init.PISSA}),
-    (8, {"init": Init.EVA, "loraplus_ratio": 4.0}),
+    pytest.param(8, {"optimizer": Optimizer.LORA_FA, "gradient_accumulation": 1}, marks=pytest.mark.slow),
+    pytest.param(8, {"init": Init.PISSA}, marks=pytest.mark.slow),
+    pytest.param(8, {"init": Init.EVA, "loraplus_ratio": 4.0}, marks=pytest.mark.slow),
 ]
 
 

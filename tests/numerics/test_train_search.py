@@ -91,6 +91,7 @@ def outcome(report: SearchReport) -> list[tuple[TrialState, Mapping[str, Value],
     return [(trial.state, trial.values, trial.metric) for trial in report.trials]
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_goes_on_to_the_trials_of_a_whole_one(settings: TrainSettings, made_up: MadeUp) -> None:
     whole = search(settings.changed(out=settings.run.out.with_name("whole")), RATES, 8)
     assert {trial.state for trial in whole.trials} == {TrialState.FINISHED, TrialState.PRUNED}
@@ -122,6 +123,7 @@ def test_a_bad_trial_ends_early_and_one_that_diverges_is_only_noted(settings: Tr
             assert trial.number > 5
 
 
+@pytest.mark.slow
 def test_more_trials_extend_a_search_whose_best_adapter_is_trained_again_if_it_is_gone(
     settings: TrainSettings, made_up: MadeUp, tmp_path: Path
 ) -> None:

@@ -84,6 +84,7 @@ def test_triton_that_is_not_installed_is_named_with_the_command_that_installs_it
             choose_backend("cuda", torch.float32, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interpret", ["0", "1"])
 def test_triton_runs_on_the_cpu_in_its_interpreter_alone(interpret: str) -> None:
     pytest.importorskip("triton")

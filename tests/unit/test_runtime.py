@@ -106,6 +106,7 @@ def test_a_dtype_that_is_not_served_is_refused(tiny_bert: Path) -> None:
         Runtime(tiny_bert, RuntimeSettings(dtype="bfloat16"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
 def test_only_the_engine_has_a_team_of_compute_threads(encoder_path: Path, tmp_path: Path) -> None:
     """A second team would make every small operation of the engine several times slower."""

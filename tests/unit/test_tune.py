@@ -48,6 +48,7 @@ def test_without_a_gpu_it_says_that_there_is_nothing_to_tune() -> None:
     assert "--dry-run" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_dry_run_lists_the_cases_and_checks_the_smallest() -> None:
     done = multilora("tune", "--shapes", "48:36, 64:32", "--ranks", "16,64", "--tokens", "16", "--dry-run")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -58,6 +59,7 @@ def test_a_dry_run_lists_the_cases_and_checks_the_smallest() -> None:
     assert "nothing was timed" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_shapes_of_a_base_are_its_sites(tiny_bert: Path) -> None:
     arguments = ("--base", str(tiny_bert), "--ranks", "16", "--tokens", "16", "--dtype", "float32", "--dry-run")
     done = multilora("tune", *arguments)
