@@ -209,6 +209,7 @@ def test_projections_alone_are_quantised_and_adapters_still_read_the_weights(tin
     assert isinstance(int8.spec.parameters[f"{modules[0].path}.weight"], np.memmap)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the variable is for x86")
 def test_a_processor_whose_products_saturate_is_refused() -> None:
     script = (

@@ -204,6 +204,7 @@ def test_one_row_with_a_huge_gradient_moves_a_step_no_further_than_the_clip(
     assert float((with_it.summed - without.summed).norm()) <= CLIP * (1 + 1e-4)
 
 
+@pytest.mark.slow
 def test_it_learns_what_can_be_learnt_and_tells_what_it_spent(
     settings: TrainSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

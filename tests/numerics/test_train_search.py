@@ -230,6 +230,7 @@ class StopsIn(SilentSearchObserver):
         return Stops()
 
 
+@pytest.mark.slow
 def test_the_best_trials_adapter_is_that_of_a_plain_run_and_its_table_and_picture_lie_beside_it(tmp_path: Path) -> None:
     base = make_bases(tmp_path / "bases")["bert"]
     settings = topics(tmp_path, base).changed(epochs=2)

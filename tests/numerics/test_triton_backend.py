@@ -280,6 +280,7 @@ def compiled(*arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_the_compiler_has_nothing_to_do_after_the_warm_up() -> None:
     found = compiled("warm", "90", "float16", "float16")
     assert found["num_compiled"] == found["warmed"] > 4
@@ -287,7 +288,7 @@ def test_the_compiler_has_nothing_to_do_after_the_warm_up() -> None:
 
 TARGETS = [
     (90, "bfloat16", "bfloat16", "bf16.bf16", "tf32.tf32"),
-    (90, "float32", "float32", "", ""),
+    pytest.param(90, "float32", "float32", "", "", marks=pytest.mark.slow),
     pytest.param(80, "float16", "float16", "f16.f16", "tf32.tf32", marks=pytest.mark.slow),
     pytest.param(80, "bfloat16", "float32", "", "", marks=pytest.mark.slow),
 ]

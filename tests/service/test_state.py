@@ -148,6 +148,7 @@ def test_a_request_id_stands_for_one_call(method: str, sha256: str) -> None:
         assert not store.pins()
 
 
+@pytest.mark.slow
 def test_the_oldest_replies_are_dropped() -> None:
     with closing(StateStore(None)) as store:
         for number in range(MAX_REPLIES + 2):

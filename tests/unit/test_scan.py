@@ -195,6 +195,7 @@ def test_the_signature_changes_with_a_file(tmp_path: Path, where: str) -> None:
     assert len({before, touched, removed, pooled}) == 4
 
 
+@pytest.mark.slow
 def test_ten_thousand_folders_are_scanned_at_once(tmp_path: Path) -> None:
     root, file = tmp_path / "root", tmp_path / "file"
     root.mkdir()
