@@ -147,7 +147,7 @@ def test_what_was_trained_answers_as_peft_beside_others_in_one_batch(base: str, 
         group.check(outputs)
 
 
-@pytest.mark.parametrize("base", ["bert", "llama"])
+@pytest.mark.parametrize("base", ["bert", pytest.param("llama", marks=pytest.mark.slow)])
 def test_training_moved_every_matrix_and_lowered_the_loss(base: str, request: pytest.FixtureRequest) -> None:
     trained: Trained = request.getfixturevalue(base)
     for name, settings in trained.settings.items():

@@ -105,7 +105,7 @@ def test_the_command_serves_and_ends_cleanly_on_sigterm(root: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (("--base", "{root}"), "--base"),
+        pytest.param(("--base", "{root}"), "--base", marks=pytest.mark.slow),
         (("--base", BASE, "--preload", "cut"), "--preload: adapter default/cut@1"),
     ],
 )
