@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_runtime.answers.spans import best_spans
@@ -97,7 +97,6 @@ def test_no_answer_takes_its_place_by_the_threshold(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=40)
 @given(text=TEXTS)
 def test_offsets_of_any_text_are_in_order_and_cover_what_the_tokenizer_keeps(family: str, text: str) -> None:
     (tokenised,) = make_encoder(family, max_length=10_000).encode_tokens([text], max_length=None, truncate=False)
@@ -115,7 +114,6 @@ def test_offsets_of_any_text_are_in_order_and_cover_what_the_tokenizer_keeps(fam
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=60)
 @given(context=TEXTS, room=st.integers(MIN_CONTEXT_TOKENS, 40), stride=st.none() | st.integers(0, 30))
 def test_every_token_of_any_context_is_in_a_window(family: str, context: str, room: int, stride: int | None) -> None:
     encoder, question = make_encoder(family, max_length=10_000), "Who?"
