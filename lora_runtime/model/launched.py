@@ -12,7 +12,7 @@ from lora_runtime.sampling.drawn import Drawn
 from lora_runtime.sampling.row import RowState
 from lora_runtime.sampling.sampler import Sampler
 from lora_runtime.sampling.tokens import SampledToken
-from lora_runtime.sampling.transfer import on_device
+from lora_runtime.sampling.transfer import ToHost, on_device
 
 Answer = torch.Tensor | list[SampledToken]
 NextLogits = Callable[[Sequence[Row], torch.Tensor], torch.Tensor]  # of the last tokens of rows, from hidden states
@@ -27,6 +27,8 @@ class LaunchedBatch:
         """`outputs`: of a row that continues its hidden states [n, d], of another its answer."""
         self._rows = rows
         self._outputs = outputs
+        self._plain = [i for i, row in enumerate(rows) if row.cached is None]
+        self._whole = _Answers([outputs[i] for i in self._plain])
         self._steps = steps
         self._next_logits = next_logits
         self._counts: dict[int, int] = {}  # tokens that each row draws, by its place
@@ -56,8 +58,7 @@ class LaunchedBatch:
         """Wait for them: per row what its task asks for, on the host, or its tokens."""
         tokens = [] if self._drawn is None else self._drawn.results()
         ends = dict(zip(self._counts, accumulate(self._counts.values()), strict=True))
-        plain = [i for i, row in enumerate(self._rows) if row.cached is None]
-        whole = dict(zip(plain, _on_host([self._outputs[i] for i in plain]), strict=True))
+        whole = dict(zip(self._plain, self._whole.wait(), strict=True))
         for step in self._steps:
             step.tokens.plan.check_current()  # no slot changed hands under the batch
         found: list[Answer] = []
@@ -84,12 +85,19 @@ class LaunchedBatch:
         batch.input_ids.index_copy_(0, targets, self._drawn.tokens[sources].clamp(min=0))  # -1: the request fails
 
 
-def _on_host(outputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The same in fp32 on the host, by one copy."""
-    if not outputs:
-        return []
-    if all(output.device.type == "cpu" for output in outputs):
-        return [output.float() for output in outputs]
-    together = torch.cat([output.reshape(-1).float() for output in outputs]).cpu()
-    parts = together.split([output.numel() for output in outputs])
-    return [part.view(output.shape) for part, output in zip(parts, outputs, strict=True)]
+class _Answers:
+    """The answers of rows that are done, in fp32, on their way to the host by one copy."""
+
+    def __init__(self, outputs: Sequence[torch.Tensor]) -> None:
+        self._outputs = outputs
+        self._together: ToHost | None = None
+        if any(output.is_cuda for output in outputs):
+            with torch.inference_mode():
+                self._together = ToHost([torch.cat([output.reshape(-1).float() for output in outputs])])
+
+    def wait(self) -> list[torch.Tensor]:
+        if self._together is None:
+            return [output.float() for output in self._outputs]
+        (together,) = self._together.wait()
+        parts = together.split([output.numel() for output in self._outputs])
+        return [part.view(output.shape) for part, output in zip(parts, self._outputs, strict=True)]

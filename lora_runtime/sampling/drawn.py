@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lora_runtime.sampling.tokens import SampledToken, TokenLogprob
+from lora_runtime.sampling.transfer import ToHost
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,20 +32,11 @@ class Drawn:
         if logprobs is not None:
             found += [logprobs.own, logprobs.best, logprobs.best_ids]
         self._logprobs = logprobs
-        self._host = found
-        self._arrived: torch.cuda.Event | None = None
-        if tokens.is_cuda:  # page-locked, or the copy would wait for all that was launched
-            self._host = [torch.empty(one.shape, dtype=one.dtype, pin_memory=True) for one in found]
-            for target, source in zip(self._host, found, strict=True):
-                target.copy_(source, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record(torch.cuda.current_stream(tokens.device))
+        self._host = ToHost(found)
 
     def results(self) -> list[SampledToken]:
         """Wait for them."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        tokens, finite, *logprobs = (one.tolist() for one in self._host)
+        tokens, finite, *logprobs = (one.tolist() for one in self._host.wait())
         results = [
             SampledToken(token if token >= 0 else None, is_finite=fine)
             for token, fine in zip(tokens, finite, strict=True)

@@ -3,56 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Self
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lora_runtime.train.metrics.names import metric_of, shown_value
 from lora_runtime.train.progress import EvalReport, TrainPlan, TrainReport
 from lora_runtime.train.settings import TrainSettings
 from lora_runtime.types import Task
+from server.train_cli.bar import StepBar
 
 _WITH_HEAD = frozenset({Task.CLASSIFY, Task.CLASSIFY_TOKENS, Task.ANSWER})
 _LIVE_SHARE = 0.1  # of the newest step in the loss that is shown
 
 
-class TrainProgress:
+class TrainProgress(StepBar):
     """A `TrainObserver` that draws on a rich console; use it as a context manager around the run."""
 
     def __init__(self, console: Console, settings: TrainSettings) -> None:
-        self.is_training = False
-        self._console = console
+        super().__init__(console, "loading the base")
         self._settings = settings
-        self._stops = False
         self._loss: float | None = None
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("steps{task.fields[loss]}"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,  # the lines stay, the bar goes
-            disable=not console.is_terminal,  # a log file gets the lines alone
-        )
-        self._task = self._progress.add_task("loading the base", total=None, loss="")
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
-    def stop_after_step(self) -> None:
-        """End the run when the step under way is done."""
-        self._stops = True
-        self._say("stopping after this step, with a checkpoint; press Ctrl-C again to stop at once")
 
     def on_start(self, plan: TrainPlan) -> None:
         """Say what is trained on what, and start the bar."""
@@ -80,9 +51,7 @@ class TrainProgress:
         """Move the bar; raises KeyboardInterrupt when the run is to end here."""
         before = loss if self._loss is None else self._loss
         self._loss = (1 - _LIVE_SHARE) * before + _LIVE_SHARE * loss
-        self._progress.update(self._task, completed=step, loss=f"  loss {self._loss:.4f}")
-        if self._stops:
-            raise KeyboardInterrupt
+        self._move(step, f"  loss {self._loss:.4f}")
 
     def on_eval(self, report: EvalReport) -> None:
         """Print the pass's line."""
@@ -101,9 +70,6 @@ class TrainProgress:
         if plan.num_skipped_rows:
             rows = "row is" if plan.num_skipped_rows == 1 else "rows are"
             self._say(f"{plan.num_skipped_rows} {rows} left out: the prompt alone fills {limit} tokens")
-
-    def _say(self, text: str) -> None:
-        self._progress.console.print(escape(text), highlight=False, soft_wrap=True)
 
 
 def print_summary(console: Console, report: TrainReport) -> None:

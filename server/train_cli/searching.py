@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lora_runtime.errors import InvalidRequest
 from lora_runtime.train.metrics.names import metric_of, shown_value
@@ -19,6 +17,7 @@ from lora_runtime.train.progress import EvalReport, TrainObserver, TrainPlan
 from lora_runtime.train.search.progress import SearchPlan, SearchReport, TrialReport, TrialState
 from lora_runtime.train.search.space import Space, Value, described, is_searched, parse_space
 from lora_runtime.train.settings import TrainSettings
+from server.train_cli.bar import StepBar
 
 _PANEL = "Search"
 
@@ -86,41 +85,15 @@ def _parse(text: str) -> tuple[int, float | None]:
         raise InvalidRequest("search", f"is {text!r}; {remedy}") from None
 
 
-class SearchProgress:
+class SearchProgress(StepBar):
     """A `SearchObserver` that draws on a rich console, and the `TrainObserver` of every trial."""
 
     def __init__(self, console: Console) -> None:
-        self.is_training = False
-        self._stops = False
+        super().__init__(console, "reading the rows")
         self._searched: tuple[str, ...] = ()
         self._selection = ""
         self._num_trials = 0
         self._has_baseline = False
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("steps"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._task = self._progress.add_task("reading the rows", total=None)
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
-    def stop_after_step(self) -> None:
-        """End the trial when the step under way is done."""
-        self._stops = True
-        self._say("stopping after this step, with a checkpoint; press Ctrl-C again to stop at once")
 
     def on_search(self, plan: SearchPlan) -> None:
         """Say what is searched, and what is known already."""
@@ -164,9 +137,7 @@ class SearchProgress:
     def on_step(self, step: int, loss: float) -> None:
         """Move the bar; raises KeyboardInterrupt when the search is to end here."""
         del loss
-        self._progress.update(self._task, completed=step)
-        if self._stops:
-            raise KeyboardInterrupt
+        self._move(step)
 
     def on_eval(self, report: EvalReport) -> None:
         """The trial's line tells its best one."""
@@ -178,9 +149,6 @@ class SearchProgress:
         if trial.metric is None:
             return ""
         return f"{metric_of(self._selection).title} {shown_value(self._selection, trial.metric)}"
-
-    def _say(self, text: str) -> None:
-        self._progress.console.print(escape(text), highlight=False, soft_wrap=True)
 
 
 def print_search_summary(console: Console, report: SearchReport) -> None:
