@@ -112,7 +112,7 @@ class GraphedBackbone:
         paged: PagedLayers | None = None,
     ) -> None:
         """Without a graph until `capture` is called. Of steps over `paged` those are captured that torch attends."""
-        self._packed = packed
+        self.packed = packed  # what runs eagerly
         self._lora = lora
         self._slots = slots
         self._capture = capture
@@ -130,7 +130,7 @@ class GraphedBackbone:
 
     @property
     def inputs(self) -> ForwardInputs:
-        return self._packed.inputs
+        return self.packed.inputs
 
     @property
     def captured(self) -> frozenset[GraphKey]:
@@ -143,7 +143,7 @@ class GraphedBackbone:
         found = self._choose(rows)
         if isinstance(found, Eager):
             self.stats.eager[found] += 1
-            return self._packed.hidden(rows, make_step)
+            return self.packed.hidden(rows, make_step)
         bucket, variant = found
         batch = bucket.pack(rows, self.inputs.padding_idx)
         step = make_step(batch)

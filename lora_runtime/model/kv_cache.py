@@ -12,9 +12,9 @@ Layouts, and the rule that chooses:
   is read. With 2 threads, 16 decodes, 9 heads of 64, 3 KV heads and blocks of 64 this took 0.5, 0.6 and 0.8 times as
   long as gathering whole runs for one SDPA at contexts 64, 256 and 1,024, and 0.13, 0.33 and 0.23 times as long as
   SDPA of each sequence.
-- ROWS everywhere else: `[block, token, H_kv, D]`. On CUDA in half precision with one call of `varlen_attn` for the
-  whole batch, where torch's kernel takes the block size: `paged_varlen_attention`. Else decodes of about equal length
-  are gathered into one SDPA with a mask.
+- ROWS everywhere else: `[block, token, H_kv, D]`. On CUDA with one call for the whole batch, which a CUDA graph can
+  hold: `choose_paged_attention` takes torch's `varlen_attn` where it reads a block table, else our kernel in Triton.
+  Without either, decodes of about equal length are gathered into one SDPA with a mask.
 
 Sequences with several queries (chunks of a prefill) are gathered and attended one by one on either gather path, where
 the products are large enough. The storage begins as zeros: `varlen_attn` may load, though not use, slots that nobody
@@ -26,7 +26,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from enum import StrEnum
-from typing import cast
+from importlib.util import find_spec
+from typing import Any, cast
 
 import torch
 from torch.nn import attention
@@ -50,6 +51,7 @@ PagedAttention = Callable[..., torch.Tensor]
 _FLASH2_BLOCK_TOKENS = 256  # FlashAttention 2 takes multiples of it alone (its `mha_varlen_fwd`)
 _CPU_BLOCK_TOKENS = 64  # 32 takes 6, 2 and at least 12 per cent longer at contexts 64, 256 and 1,024; 128 gains nothing
 _GPU_BLOCK_TOKENS = 16
+_TRITON_BLOCK_TOKENS = 64  # of our kernel, which reads as many keys at a time
 
 
 class KvLayout(StrEnum):
@@ -69,31 +71,47 @@ def default_block_tokens(device: torch.device) -> int:
     """Tokens of a block: the smallest that attention on this device reads at full speed."""
     if device.type != "cuda":
         return _CPU_BLOCK_TOKENS
+    if not _reads_blocks():
+        return _TRITON_BLOCK_TOKENS
     return _GPU_BLOCK_TOKENS if _newer_flash() else _FLASH2_BLOCK_TOKENS
 
 
-def paged_varlen_attention(
+def choose_paged_attention(
     device: torch.device, dtype: torch.dtype, head_dim: int, block_tokens: int
 ) -> PagedAttention | None:
-    """torch's `varlen_attn` where it can read blocks of this size; None where the gather path must.
+    """What attends over such a cache in one call; None where the gather path must.
 
-    It needs CUDA, half precision, `block_table` and `seqused_k` in its signature, and of FlashAttention 2, which is in
-    force unless FA3 or FA4 were activated, heads of at most 256 in eights and blocks of a multiple of 256 tokens.
+    torch's `varlen_attn` needs CUDA, half precision, `block_table` and `seqused_k` in its signature, and of
+    FlashAttention 2, which is in force unless FA3 or FA4 were activated, heads of at most 256 in eights and blocks of a
+    multiple of 256 tokens. Our own kernel needs CUDA and Triton.
     """
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
-        return None
-    if not {"block_table", "seqused_k", "enable_gqa"} <= inspect.signature(varlen.varlen_attn).parameters.keys():
+    if device.type != "cuda":
         return None
     flash2 = block_tokens % _FLASH2_BLOCK_TOKENS == 0 and torch.cuda.get_device_capability(device)[0] >= 8
     fits = head_dim % 8 == 0 and head_dim <= 256 and (_newer_flash() or flash2)
-    return cast(PagedAttention, varlen.varlen_attn) if fits else None
+    if dtype in (torch.float16, torch.bfloat16) and _reads_blocks() and fits:
+        return cast(PagedAttention, varlen.varlen_attn)
+    return own_paged_attention(device, head_dim)
+
+
+def own_paged_attention(device: torch.device, head_dim: int) -> PagedAttention | None:
+    """Our kernel, which also knows a softcap; None where it cannot run."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return None
+    from lora_runtime.kernels.paged_attention import MAX_HEAD, paged_attention
+
+    return paged_attention if head_dim <= MAX_HEAD else None
+
+
+def _reads_blocks() -> bool:
+    return {"block_table", "seqused_k", "enable_gqa"} <= inspect.signature(varlen.varlen_attn).parameters.keys()
 
 
 class KvCache:
     """`num_blocks` blocks of keys and values for every layer.
 
-    Where `varlen_attn` reads them, so that steps can be captured, there is one more that nobody is given: what fills a
-    captured step up is stored there.
+    Where one call attends over them, so that steps can be captured, there is one more that nobody is given: what fills
+    a captured step up is stored there.
     """
 
     def __init__(
@@ -117,7 +135,8 @@ class KvCache:
         assert paged_attention is None or self.layout is KvLayout.ROWS, f"{self.layout} is not what it reads"
         self.paged_attention = paged_attention
         if paged_attention is None and self.layout is KvLayout.ROWS:
-            self.paged_attention = paged_varlen_attention(device, dtype, config.head_dim, block_tokens)
+            self.paged_attention = choose_paged_attention(device, dtype, config.head_dim, block_tokens)
+        self._own_attention = own_paged_attention(device, config.head_dim)
         self.spare_block = None if self.paged_attention is None else num_blocks
         num_stored = num_blocks + (self.spare_block is not None)
         store = ColumnStore if self.layout is KvLayout.COLUMNS else RowStore
@@ -161,7 +180,7 @@ class KvCache:
                 f"its {q.shape[1]} query heads are not a multiple of its {self.config.num_kv_heads} KV heads"
             )
         scoring = Scoring(q.shape[2] ** -0.5 if scale is None else scale, window, softcap)
-        if self.paged_attention is not None and softcap is None:  # which it does not know
+        if self.can_attend_paged(softcap):
             return self.attend_paged(layer, q, metadata.paged(), scoring)
         out = torch.empty_like(q)
         if len(metadata.decodes) == metadata.num_tokens:
@@ -177,9 +196,11 @@ class KvCache:
 
     def attend_paged(self, layer: int, q: torch.Tensor, spans: PagedSpans, scoring: Scoring) -> torch.Tensor:
         """As `attend`, by `paged_attention`, of sequences that tensors on the device say where they lie."""
-        assert self.paged_attention is not None and scoring.softcap is None
+        attend = self.paged_attention if scoring.softcap is None else self._own_attention
+        assert attend is not None
         k, v = self._store.layer(layer)
-        return self.paged_attention(
+        more: dict[str, Any] = {} if scoring.softcap is None else {"softcap": scoring.softcap}
+        return attend(
             q,
             k,
             v,
@@ -192,7 +213,13 @@ class KvCache:
             enable_gqa=q.shape[1] != self.config.num_kv_heads,
             seqused_k=spans.used,
             block_table=spans.blocks,
+            **more,
         )
+
+    def can_attend_paged(self, softcap: float | None) -> bool:
+        """Whether `attend_paged` can do it; torch's `varlen_attn` knows no softcap."""
+        own = self._own_attention is not None and self.layout is KvLayout.ROWS
+        return self.paged_attention is not None if softcap is None else own
 
     def _prefill(self, layer: int, q: torch.Tensor, span: SequenceSpan, scoring: Scoring) -> torch.Tensor:
         """Several queries [n, H, D] of one sequence, over its past and causally among themselves."""

@@ -7,7 +7,7 @@ import logging
 from lora_runtime.errors import CapacityExceeded
 from lora_runtime.kv_blocks import KvBlocks, block_bytes
 from lora_runtime.model.base import BaseModel
-from lora_runtime.model.kv_cache import KvCache, default_block_tokens, paged_varlen_attention
+from lora_runtime.model.kv_cache import KvCache, choose_paged_attention, default_block_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ def kv_cache_for(model: BaseModel, num_bytes: int, block_tokens: int | None, max
     block_tokens = block_tokens or default_block_tokens(device)
     size = block_bytes(model.kv, block_tokens)
     dtype = model.placement.dtype
-    is_paged = paged_varlen_attention(device, dtype, model.kv.head_dim, block_tokens) is not None
+    is_paged = choose_paged_attention(device, dtype, model.kv.head_dim, block_tokens) is not None
     most = num_bytes // size - is_paged  # the cache keeps one more then
     num_blocks = min(most, max_sequences * -(-model.spec.max_length // block_tokens))
     if num_blocks < 1:

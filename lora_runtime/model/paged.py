@@ -13,6 +13,9 @@ from lora_runtime.batch import CachedRow, Row
 from lora_runtime.kv_blocks import BlockCopy
 from lora_runtime.model.kv_cache import KvCache
 from lora_runtime.model.kv_layouts import PagedSpans, Scoring, SequenceSpan, StepMetadata
+from lora_runtime.types import TokenSequence
+
+_WARM_UP_CONTEXTS = (64, 256, 512, 1024, 2048)  # our kernel splits the keys of each in another way
 
 
 class PagedLayers:
@@ -29,6 +32,19 @@ class PagedLayers:
     def copy(self, copies: Sequence[BlockCopy]) -> None:
         """Copy whole blocks, before anything is written."""
         self.cache.copy(copies)
+
+    def warm_up_rows(self, max_length: int) -> list[Row]:
+        """Rows that each need other kernels than the rest, to be run alone: they touch the spare block at most."""
+        spare = self.cache.spare_block
+        if spare is None or self.cache.device.type != "cuda":
+            return []
+        contexts = [n for n in _WARM_UP_CONTEXTS if n <= max_length] or [max_length]
+        blocks = [[spare] * -(-context // self.cache.block_tokens) for context in contexts]
+        return [
+            Row(TokenSequence((0,) * count, None), cached=CachedRow(context - count, own))
+            for context, own in zip(contexts, blocks, strict=True)
+            for count in (1, 2)
+        ]
 
     def step(self, rows: Sequence[Row]) -> PagedStep | None:
         """For the rows that continue, the first ones of a batch; None where there are none."""
@@ -85,7 +101,7 @@ class StaticDecodes:
     def __init__(self, layers: PagedLayers, num_rows: int, max_context: int) -> None:
         """For contexts of at most `max_context` tokens."""
         cache = layers.cache
-        assert cache.spare_block is not None, "only what varlen_attn reads can be captured"
+        assert cache.spare_block is not None, "only what one call attends over can be captured"
         self.num_tokens = num_rows
         self.num_columns = -(-max_context // cache.block_tokens)
         self._layers = layers
@@ -139,12 +155,12 @@ class StaticDecodes:
         window: int | None,
         softcap: float | None,
     ) -> torch.Tensor:
-        """See `batch.PagedAttention`. Raises RuntimeError for what `varlen_attn` does not know."""
-        if softcap is not None:
-            raise RuntimeError("attention with a softcap over the KV cache has launches that differ from step to step")
+        """See `batch.PagedAttention`. Raises RuntimeError for what only gathers can do."""
         cache, layer = self._layers.cache, self._layers.layer(module)
+        if not cache.can_attend_paged(softcap):
+            raise RuntimeError("attention with a softcap over the KV cache has launches that differ from step to step")
         cache.write(layer, k, v, self._slots)
-        scoring = Scoring(q.shape[2] ** -0.5 if scale is None else scale, window)
+        scoring = Scoring(q.shape[2] ** -0.5 if scale is None else scale, window, softcap)
         return cache.attend_paged(layer, q, self._spans, scoring)
 
 

@@ -95,8 +95,12 @@ class PackedRunner:
         with torch.inference_mode():
             if isinstance(self._backend, CompilingLora):
                 self._backend.warm_up(self._slots.groups, (self._base.placement.dtype,))
-            if isinstance(self._base.backbone, GraphedBackbone):
-                self._base.backbone.capture()
+            backbone = self._base.backbone
+            eager = backbone.packed if isinstance(backbone, GraphedBackbone) else backbone
+            for row in () if self._paged is None else self._paged.warm_up_rows(self._base.spec.max_length):
+                eager.hidden([row], self._make_step)
+            if isinstance(backbone, GraphedBackbone):
+                backbone.capture()
 
     def stats(self) -> RunnerStats:
         """What it did so far; from any thread."""

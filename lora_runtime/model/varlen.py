@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +23,9 @@ _HALVES = (torch.float16, torch.bfloat16)
 _MAX_HEAD = 256  # of flash attention, which also takes whole vectors of 8 alone
 _HEAD_STEP = 8
 _LEAST_CAPABILITY = (8, 0)  # of the device, for torch's packed flash attention
-_NEEDED = {"scale", "window_size", "enable_gqa"}  # of its arguments; torch added them one after the other
-_IS_COMPLETE = inspect.signature(varlen_attn).parameters.keys() >= _NEEDED
+_TAKEN = inspect.signature(varlen_attn).parameters.keys()  # torch added them one after the other
+_IS_COMPLETE = {"scale", "window_size"} <= _TAKEN
+_TAKES_GROUPS = "enable_gqa" in _TAKEN  # query heads that share a KV head; else each gets a copy of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,10 @@ def attend(
 
 def _varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, masking: Masking) -> torch.Tensor:
     batch = _whole(step)
+    shared = q.shape[1] // k.shape[1]
+    more: dict[str, Any] = {"enable_gqa": shared > 1} if _TAKES_GROUPS else {}
+    if shared > 1 and not _TAKES_GROUPS:
+        k, v = (t.repeat_interleave(shared, 1) for t in (k, v))
     before = -1 if masking.window is None else masking.window - 1
     found = varlen_attn(
         q,
@@ -94,7 +100,7 @@ def _varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, maski
         batch.max_length,
         scale=masking.scale,
         window_size=(before, 0 if masking.causal else before),
-        enable_gqa=k.shape[1] != q.shape[1],
+        **more,
     )
     assert isinstance(found, torch.Tensor), "nothing beside the output was asked for"
     return found

@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from lora_runtime.model.capture import CudaCapture
 from server.bench.measure import OutputsDiffer, Spread, describe_machine
 from tests.benchmarks.kernels_contenders import TORCH_CONTENDERS, Contender, NotMeasured, Turn
 from tests.benchmarks.kernels_others import OTHER_CONTENDERS
@@ -44,6 +45,7 @@ class KernelBench:
     quick: bool = False
     l2: str | None = None  # "cold" or "warm" on a GPU; a CPU's caches hold what the call before left
     without: tuple[str, ...] = ()  # contenders left out
+    launch: str = "eager"  # on a GPU also "graph": what a call launches is captured, and replayed while it is timed
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -122,7 +124,8 @@ def _run_case(
 ) -> dict[str, Any]:
     device = torch.device(bench.device)
     problem = Problem.make(case, device, bench.torch_dtype)
-    turns, not_measured = _turns(problem, contenders)
+    capture = CudaCapture(device) if bench.launch == "graph" else None
+    turns, not_measured = _turns(problem, contenders, capture)
     not_measured |= dict.fromkeys(bench.without, "left out by --without")
     errors = check_contenders(problem, turns)
     seconds = time_contenders({name: turn.run for name, turn in turns.items()}, device, bench.timing)
@@ -156,15 +159,28 @@ def _pairs(measured: Mapping[str, object]) -> list[tuple[str, str]]:
     return [*pairs, *([("own_first", "floor")] if "own_first" in measured else [])]
 
 
-def _turns(problem: Problem, contenders: Mapping[str, Contender]) -> tuple[dict[str, Turn], dict[str, str]]:
+def _turns(
+    problem: Problem, contenders: Mapping[str, Contender], capture: CudaCapture | None
+) -> tuple[dict[str, Turn], dict[str, str]]:
     turns: dict[str, Turn] = {}
     not_measured: dict[str, str] = {}
     for name, contender in contenders.items():
         try:
-            turns[name] = contender(problem)
+            turn = contender(problem)
+            turns[name] = turn if capture is None else _captured(turn, capture)
         except NotMeasured as reason:
             not_measured[name] = str(reason)
     return turns, not_measured
+
+
+def _captured(turn: Turn, capture: CudaCapture) -> Turn:
+    """What a call launches, without the host's time for it; raises NotMeasured where that is not the whole of it."""
+    if turn.on_host:
+        raise NotMeasured("the host makes part of each call's input; see --launch eager")
+    try:
+        return replace(turn, run=capture.capture(turn.run).replay)
+    except RuntimeError as error:
+        raise NotMeasured(f"a CUDA graph cannot capture it: {str(error).strip().splitlines()[0]}") from error
 
 
 def _packed(problem: Problem, turn: Turn) -> list[torch.Tensor]:
@@ -228,6 +244,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[KernelBench, Path]:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="four batches of each module instead of nineteen")
     parser.add_argument("--l2", choices=("cold", "warm"), default="cold", help="on cuda: overwritten before each call")
+    parser.add_argument("--launch", choices=("graph", "eager"), default="graph", help="on cuda: by CUDA graphs or not")
     parser.add_argument("--without", default="", help=f"of {', '.join(CONTENDERS)}, separated by commas")
     parser.add_argument("--out", type=Path, help="default: tests/benchmarks/results/kernels-DEVICE.json")
     options = parser.parse_args(arguments)
@@ -240,10 +257,11 @@ def _parse(arguments: Sequence[str] | None) -> tuple[KernelBench, Path]:
         parser.error(f"{sorted(needed)[0]} cannot be left out: every ratio needs it")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("this machine has no CUDA device that torch can use")
-    l2 = options.l2 if options.device == "cuda" else None
+    on_gpu = options.device == "cuda"
     bench = KernelBench(
-        options.device, options.dtype, shapes, options.rounds, options.threads, options.quick, l2, without
-    )
+        options.device, options.dtype, shapes, options.rounds, options.threads, options.quick,
+        options.l2 if on_gpu else None, without, options.launch if on_gpu else "eager",
+    )  # fmt: skip
     return bench, options.out or Path(__file__).parent / "results" / f"kernels-{options.device}.json"
 
 

@@ -30,6 +30,7 @@ class Turn:
     run: Callable[[], list[torch.Tensor]]  # the outputs of every site
     padded: bool = False  # outputs are [segments, longest, d_out] instead of [num_tokens, d_out]
     adapted: bool = True  # False: the base alone
+    on_host: bool = False  # the host makes part of each call's input, so that a CUDA graph cannot stand for it
 
 
 Contender = Callable[[Problem], Turn]
@@ -77,7 +78,7 @@ def own_first(problem: Problem) -> Turn:
         grouped_lora(backend, problem.x, problem.group, problem.plan(), dict(enumerate(outs)))
         return outs
 
-    return Turn(run)
+    return Turn(run, on_host=True)
 
 
 def loop(problem: Problem) -> Turn:

@@ -38,7 +38,7 @@ def peft(problem: Problem) -> Turn:
                 layer.get_parameter(f"lora_A.a{i}.weight").copy_(adapter.a[site])
                 layer.get_parameter(f"lora_B.a{i}.weight").copy_(adapter.b[site].T)
     owner, x = [f"a{i}" for i in problem.order], problem.padded_x
-    return Turn(lambda: [layer(x, adapter_names=owner) for layer in layers], padded=True)
+    return Turn(lambda: [layer(x, adapter_names=owner) for layer in layers], padded=True, on_host=True)
 
 
 def polylora(problem: Problem) -> Turn:
@@ -62,7 +62,7 @@ def polylora(problem: Problem) -> Turn:
         with context.use_lora_context(batch):
             return [layer(x) for layer in layers]
 
-    return Turn(run, padded=True)
+    return Turn(run, padded=True, on_host=True)
 
 
 def vllm(problem: Problem) -> Turn:

@@ -13,6 +13,7 @@ RESULTS = Path(__file__).parent / "results"
 CUDA_COMMAND = "python -m tests.benchmarks.kernels --device cuda --dtype bfloat16"
 
 _BUSY = " (other work ran at the same time: read the spreads, not the digits)"
+_LAUNCHES = {"graph": "CUDA graphs", "eager": "Python"}
 _OTHERS = {
     "merged": "weights merged (one adapter only)",
     "loop": "loop over adapters, `addmm`",
@@ -65,7 +66,8 @@ def _provenance(name: str, result: dict[str, Any]) -> str:
     threads = f"{settings['threads']} thread{'s' if settings['threads'] > 1 else ''}"
     where = f"{threads} of {machine['processor']}, caches as the call before left them"
     if (gpu := machine.get("accelerator")) is not None:
-        where = f"{gpu['name']}, {settings['l2']} L2, a copy reaches {gpu['copy_bytes_per_second'] / 1e12:.2f} TB/s"
+        how = f"launched by {_LAUNCHES[settings['launch']]}, {settings['l2']} L2"
+        where = f"{gpu['name']}, {how}, a copy reaches {gpu['copy_bytes_per_second'] / 1e12:.2f} TB/s"
     return (
         f"Medians (lowest to highest) of {settings['rounds']} interleaved rounds, {settings['dtype']}, {where}, "
         f"load average before the start {result['load_average']:.1f}{_BUSY if result['load_average'] > 0.5 else ''}; "
@@ -80,6 +82,6 @@ def _command(name: str, settings: dict[str, Any]) -> str:
     words += [f"--{key} {settings[key]}" for key in ("device", "dtype", "rounds", "threads")]
     words.append(f"--shapes {','.join(settings['shapes'])}")
     words += ["--quick"] if settings["quick"] else []
-    words += [f"--l2 {settings['l2']}"] if settings["device"] == "cuda" else []
+    words += [f"--l2 {settings['l2']} --launch {settings['launch']}"] if settings["device"] == "cuda" else []
     words += [f"--without {','.join(settings['without'])}"] if settings["without"] else []
     return " ".join([*words, f"--out tests/benchmarks/results/{name}.json"])

@@ -20,7 +20,7 @@ from lora_runtime.errors import BaseModelUnsupported, CapacityExceeded
 from lora_runtime.kernels.gemm_batch import GemmBatch
 from lora_runtime.kv_blocks import BlockCopy, BlockPool, KvConfig, Namespace, block_bytes
 from lora_runtime.model import kv_cache
-from lora_runtime.model.kv_cache import KvCache, KvLayout, default_block_tokens, paged_varlen_attention
+from lora_runtime.model.kv_cache import KvCache, KvLayout, choose_paged_attention, default_block_tokens
 from lora_runtime.model.kv_layouts import SequenceSpan
 from tests.paged_attention import varlen_as_documented
 
@@ -293,19 +293,24 @@ def test_the_rule_that_chooses_the_path(monkeypatch: pytest.MonkeyPatch) -> None
         return query
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", get_device_capability)
-    assert paged_varlen_attention(cuda, torch.bfloat16, 64, 256) is not None
-    assert paged_varlen_attention(cuda, torch.bfloat16, 64, 16) is None, "FlashAttention 2 takes 256 tokens"
-    assert paged_varlen_attention(cuda, torch.float32, 64, 256) is None
-    assert paged_varlen_attention(cuda, torch.bfloat16, 60, 256) is None
-    assert paged_varlen_attention(CPU, torch.bfloat16, 64, 256) is None
+    torchs, own = kv_cache.varlen.varlen_attn, kv_cache.own_paged_attention(cuda, 64)
+    assert choose_paged_attention(cuda, torch.bfloat16, 64, 256) is torchs
+    assert choose_paged_attention(cuda, torch.bfloat16, 64, 16) is own, "FlashAttention 2 takes 256 tokens"
+    assert choose_paged_attention(cuda, torch.float32, 64, 256) is own
+    assert choose_paged_attention(cuda, torch.bfloat16, 60, 256) is own
+    assert choose_paged_attention(cuda, torch.bfloat16, 512, 256) is None
+    assert choose_paged_attention(CPU, torch.bfloat16, 64, 256) is None
     assert (default_block_tokens(CPU), default_block_tokens(cuda)) == (64, 256)
     capability.append((7, 5))
-    assert paged_varlen_attention(cuda, torch.float16, 64, 256) is None
+    assert choose_paged_attention(cuda, torch.float16, 64, 256) is own
     monkeypatch.setattr(kv_cache.attention, "current_flash_attention_impl", lambda: "FA3")
-    assert paged_varlen_attention(cuda, torch.bfloat16, 64, 16) is not None
+    assert choose_paged_attention(cuda, torch.bfloat16, 64, 16) is torchs
     assert default_block_tokens(cuda) == 16
     monkeypatch.setattr(kv_cache.varlen, "varlen_attn", older_varlen_attn)
-    assert paged_varlen_attention(cuda, torch.bfloat16, 64, 16) is None
+    assert choose_paged_attention(cuda, torch.bfloat16, 64, 16) is own
+    assert default_block_tokens(cuda) == 64
+    monkeypatch.setattr(kv_cache, "find_spec", lambda _: None)
+    assert choose_paged_attention(cuda, torch.bfloat16, 64, 16) is None, "there is no Triton"
 
 
 def test_the_rule_that_chooses_the_layout(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,13 +340,13 @@ def test_a_cache_that_memory_does_not_hold_is_refused() -> None:
 @pytest.mark.parametrize("block_tokens", [16, 256])
 @pytest.mark.parametrize("window", [None, 100])
 def test_a_gpu_equals_causal_attention(dtype: torch.dtype, block_tokens: int, window: int | None) -> None:
-    """Through `varlen_attn` with 256 tokens a block, gathered with 16; every path keeps NaN of others away."""
+    """Through `varlen_attn` with 256 tokens a block where it reads them, else our kernel; NaN of others stays away."""
     lengths, queries = [300, 1, 256, 700], [1, 1, 256, 33]
     world = World(lengths, Heads(8, 2, 64), block_tokens, seed=1)
     config = KvConfig(2, 2, 64, 2)
     device = torch.device("cuda")
     cache = KvCache(config, world.cache.num_blocks, block_tokens, dtype, device)
-    assert (cache.paged_attention is not None) == (block_tokens == 256)
+    assert cache.paged_attention is not None
     fill_with_nan(cache)
     for which, length in enumerate(lengths):
         slots = torch.tensor(

@@ -185,7 +185,8 @@ def test_a_runtime_on_cuda_answers_as_peft_does_by_graphs_that_were_captured_bef
             want = _peft(encoder_path, tmp_path / label, torch.float32)
             assert (found - want).norm() / want.norm() < limit
         runtime.unload("one")
-        runtime.load(tmp_path / "one")  # back from the host, into another slot
+        one = runtime.engine.catalogue.resolve(AdapterRef.parse("one")).id
+        runtime.engine.load(one).result()  # back from the host, into another slot
         again = torch.tensor([[*a.scores.values()] for a in runtime.classify("one", TEXTS)])
         assert (again - found).norm() / found.norm() < 1e-3
         after = runtime.stats()

@@ -154,7 +154,7 @@ def choose_backend(device: torch.device | str, dtype: torch.dtype, name: str | N
 
 
 def _is_interpreted() -> bool:
-    from lora_runtime.kernels.grouped_lora.triton_backend.kernels import IS_INTERPRETED
+    from lora_runtime.kernels.interpreting import IS_INTERPRETED
 
     return IS_INTERPRETED
 

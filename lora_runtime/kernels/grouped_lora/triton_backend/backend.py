@@ -12,10 +12,11 @@ import triton
 from lora_runtime.arena import RankArena, SlotTable
 from lora_runtime.kernels.grouped_lora.api import LoraPlan
 from lora_runtime.kernels.grouped_lora.triton_backend.compiles import num_compiled
-from lora_runtime.kernels.grouped_lora.triton_backend.kernels import IS_INTERPRETED, expand_kernel, shrink_kernel
+from lora_runtime.kernels.grouped_lora.triton_backend.kernels import expand_kernel, shrink_kernel
 from lora_runtime.kernels.grouped_lora.triton_backend.slots import DeviceSlots
 from lora_runtime.kernels.grouped_lora.triton_backend.tiles import TILES, TileList
 from lora_runtime.kernels.grouped_lora.triton_backend.tuning import RANK_BUCKETS, TOKEN_BUCKETS, TuningTable
+from lora_runtime.kernels.interpreting import IS_INTERPRETED
 from lora_runtime.types import Site, SiteGroup
 
 _ALIGNMENT = 16  # bytes of a pointer, and elements of a stride, that Triton compiles a kernel of its own for

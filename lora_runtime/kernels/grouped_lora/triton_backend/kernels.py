@@ -12,24 +12,10 @@ offsets, ranks, scalings. Offsets into tensors are int64.
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _same(value):
-    return value
-
-
-def _as_int(value: Any) -> int:
-    return int(value.handle.data.item())
-
-
-# TRITON_INTERPRET was set when Triton was imported: tensors are on the CPU, and a bf16 product would be wrong
-IS_INTERPRETED = not isinstance(cast("object", _same), triton.JITFunction)
-_bound = _as_int if IS_INTERPRETED else _same  # of a loop; Triton 3.6 beside NumPy 2.4 interprets no other
+from lora_runtime.kernels.interpreting import loop_bound
 
 # By default Triton compiles a kernel anew for an argument that is 1, or the first multiple of 16.
 COUNTS = ("num_rows", "num_groups", "group", "num_sites", "site")
@@ -75,7 +61,7 @@ def shrink_kernel(
     part = tl.program_id(2)
     num_steps = tl.cdiv(tl.cdiv(d_in, SPLIT), BLOCK_IN)
     total = tl.zeros([BLOCK_ROWS, BLOCK_RANK], dtype=tl.float32)
-    for step in range(_bound(num_steps)):
+    for step in range(loop_bound(num_steps)):
         columns = (part * num_steps + step) * BLOCK_IN + tl.arange(0, BLOCK_IN)
         column_mask = columns < d_in
         x_block = tl.load(
@@ -137,7 +123,7 @@ def expand_kernel(
     b = arena + tl.multiple_of(tl.load(b_offset + at), 16)
     plane = planes + tl.load(column + at)
     total = tl.zeros([BLOCK_ROWS, BLOCK_OUT], dtype=tl.float32)
-    for first_rank in range(0, _bound(rank), BLOCK_RANK):
+    for first_rank in range(0, loop_bound(rank), BLOCK_RANK):
         ranks = first_rank + tl.arange(0, BLOCK_RANK)
         rank_mask = ranks < rank
         places = rows[:, None] * width + ranks[None, :]

@@ -24,7 +24,6 @@ from lora_runtime.kernels.grouped_lora.api import LoraPlan, grouped_lora
 from lora_runtime.kernels.grouped_lora.reference import ReferenceGroupedLora
 from lora_runtime.kernels.grouped_lora.registry import TOLERANCES
 from lora_runtime.kernels.grouped_lora.triton_backend.backend import TritonGroupedLora
-from lora_runtime.kernels.grouped_lora.triton_backend.kernels import IS_INTERPRETED
 from lora_runtime.kernels.grouped_lora.triton_backend.tuning import (
     ExpandConfig,
     ExpandEntry,
@@ -33,6 +32,7 @@ from lora_runtime.kernels.grouped_lora.triton_backend.tuning import (
     TableFile,
     TuningTable,
 )
+from lora_runtime.kernels.interpreting import IS_INTERPRETED
 from lora_runtime.types import Site, SiteGroup
 
 TILE_ROWS = (16, 32, 64)
