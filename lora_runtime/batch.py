@@ -305,6 +305,9 @@ class Step:
             self._owners[key] = Owners.of(self._slots, [(sole, num_rows, 0)], leading=1)
         return self._owners[key]
 
+    def begin_shrink(self, x: torch.Tensor, group: SiteGroup) -> None:
+        """Before the base's product of `x`: a step may compute the group's shrink beside it."""
+
     def shrink(self, x: torch.Tensor, group: SiteGroup, plan: LoraPlan) -> Any:
         """The group's shrink of `x`, computed by its first site and kept until another input comes."""
         kept = self._shrunk

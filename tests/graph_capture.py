@@ -27,6 +27,7 @@ class RecordingCapture:
     count: int = 0
     fails: bool = False
     runs: bool = False  # the call once, as CUDA's captures do
+    beside = None
 
     def capture(self, forward: Forward) -> Captured:
         if self.fails:

@@ -22,6 +22,11 @@ class Captured(Protocol):
 class GraphCapture(Protocol):
     """A way to capture; the tests have one that needs no accelerator."""
 
+    @property
+    def beside(self) -> torch.cuda.Stream | None:
+        """Where a forward pass may launch what it needs later, to run at the same time as the rest."""
+        ...
+
     def capture(self, forward: Forward) -> Captured:
         """Capture a call that reads tensors whose addresses stay, and that waits for nothing. Raises RuntimeError."""
         ...
@@ -38,6 +43,11 @@ class CudaCapture:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
+        self._beside = torch.cuda.Stream(device)
+
+    @property
+    def beside(self) -> torch.cuda.Stream | None:
+        return self._beside
 
     def capture(self, forward: Forward) -> Captured:
         current = torch.cuda.current_stream(self._device)

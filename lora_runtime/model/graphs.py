@@ -30,10 +30,12 @@ from lora_runtime.model.base import ForwardInputs, MakeStep, PackedBackbone, run
 from lora_runtime.model.buckets import Bucket, DecodeBucket, GraphSettings
 from lora_runtime.model.capture import Captured, Forward, GraphCapture
 from lora_runtime.model.paged import PagedLayers
+from lora_runtime.types import SiteGroup
 
 logger = logging.getLogger(__name__)
 
 _LEAST_RANK, _USUAL_RANK = 8, 16
+_MOST_NEEDS = 1024  # sets of slots whose variants are remembered
 
 
 class Eager(StrEnum):
@@ -84,11 +86,20 @@ class StaticStep(Step):
     is_static = True
 
     def __init__(
-        self, batch: Batch, slots: SlotTable, lora: CapturableLora, plan: LoraPlan, paged: PagedAttention | None
+        self,
+        batch: Batch,
+        slots: SlotTable,
+        lora: CapturableLora,
+        plan: LoraPlan,
+        paged: PagedAttention | None,
+        beside: torch.cuda.Stream | None,
     ) -> None:
+        """`beside`: a stream on which shrinks are computed while the base's products are."""
         super().__init__(batch, slots, lora)
         self.paged = paged
         self._static = Owners(plan, (), leading=2)
+        self._beside = beside
+        self._is_beside = False  # whether the shrink that is kept is computed there
 
     def owners(self, x: torch.Tensor) -> Owners:
         del x
@@ -97,6 +108,25 @@ class StaticStep(Step):
     @property
     def tokens(self) -> Owners:
         return self._static
+
+    def begin_shrink(self, x: torch.Tensor, group: SiteGroup) -> None:
+        """See Step. The first site of a group asks; what is kept then is of this very input."""
+        kept = self._shrunk
+        if self._beside is None or not self._static.plan.touches(group):
+            return
+        if kept is not None and kept[0] == group.index and kept[1] is x:
+            return
+        self._beside.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(self._beside):
+            super().shrink(x, group, self._static.plan)
+        self._is_beside = True
+
+    def shrink(self, x: torch.Tensor, group: SiteGroup, plan: LoraPlan) -> Any:
+        if self._is_beside:
+            assert self._beside is not None
+            torch.cuda.current_stream(x.device).wait_stream(self._beside)
+            self._is_beside = False
+        return super().shrink(x, group, plan)
 
 
 class GraphedBackbone:
@@ -125,6 +155,8 @@ class GraphedBackbone:
             self._decodes = [DecodeBucket(n, settings, paged, device) for n in settings.decodes]
         self._graphs: dict[GraphKey, Captured] = {}
         self._found: dict[GraphKey, Variant | None] = {}  # what `_lookup` has found
+        self._needs: dict[frozenset[int], Variant] = {}  # what `_needed` has found, of slots at `_needs_version`
+        self._needs_version = slots.version
         self._generation = lora.device_slots.generation
         self.stats = GraphStats()
 
@@ -199,7 +231,15 @@ class GraphedBackbone:
         return Eager.VARIANT if variant is None else (bucket, variant)
 
     def _needed(self, residents: set[Resident]) -> Variant:
-        return self._variant([r.slot for r in residents if r.slot != BASE_SLOT])
+        if self._needs_version != self._slots.version:
+            self._needs_version = self._slots.version
+            self._needs.clear()
+        slots = frozenset(r.slot for r in residents if r.slot != BASE_SLOT)
+        if slots not in self._needs:
+            if len(self._needs) >= _MOST_NEEDS:
+                self._needs.clear()
+            self._needs[slots] = self._variant([*slots])
+        return self._needs[slots]
 
     def _variant(self, slots: Sequence[int] | np.ndarray[Any, Any]) -> Variant:
         """What these slots need together."""
@@ -260,7 +300,7 @@ class GraphedBackbone:
             self._lora.prepare(plan)
 
         def forward() -> torch.Tensor:
-            step = StaticStep(bucket.batch, self._slots, self._lora, plan, bucket.decodes)
+            step = StaticStep(bucket.batch, self._slots, self._lora, plan, bucket.decodes, self._capture.beside)
             return run_backbone(self.inputs.module, self.inputs.arguments(bucket.batch), step)[0]
 
         return forward

@@ -15,7 +15,8 @@ from lora_runtime.sampling.tokens import SampledToken
 from lora_runtime.sampling.transfer import ToHost, on_device
 
 Answer = torch.Tensor | list[SampledToken]
-NextLogits = Callable[[Sequence[Row], torch.Tensor], torch.Tensor]  # of the last tokens of rows, from hidden states
+# of the last tokens of rows, from hidden states; the step that those tokens were in, if it had no others
+NextLogits = Callable[[Sequence[Row], torch.Tensor, Step | None], torch.Tensor]
 
 
 class LaunchedBatch:
@@ -46,7 +47,9 @@ class LaunchedBatch:
             return
         with torch.inference_mode():
             last = torch.stack([self._outputs[i][-1] for i, _, _ in rows])
-            logits = self._next_logits([row for _, row, _ in rows], last).float()  # [n, vocabulary]
+            every = len(rows) == len(self._rows) == sum(row.sequence.num_tokens for row in self._rows)
+            step = self._steps[0] if every and len(self._steps) == 1 else None
+            logits = self._next_logits([row for _, row, _ in rows], last, step).float()  # [n, vocabulary]
             repeats = [len(states) for _, _, states in rows]
             if max(repeats) > 1:
                 logits = logits.repeat_interleave(on_device(repeats, logits.device), 0, output_size=sum(repeats))
@@ -79,10 +82,12 @@ class LaunchedBatch:
             return
         assert self._drawn is not None
         places = {id(state): place for place, state in enumerate(self._states)}
-        device = batch.input_ids.device
-        targets = on_device([start for start, _ in wanted], device)
-        sources = on_device([places[id(state)] for _, state in wanted], device)
-        batch.input_ids.index_copy_(0, targets, self._drawn.tokens[sources].clamp(min=0))  # -1: the request fails
+        targets, sources = [start for start, _ in wanted], [places[id(state)] for _, state in wanted]
+        ids, tokens, count = batch.input_ids, self._drawn.tokens.clamp(min=0), len(wanted)  # -1: the request fails
+        if targets == sources == list(range(count)):  # the same texts as before, in the same order
+            ids[:count].copy_(tokens[:count])
+        else:
+            ids.index_copy_(0, on_device(targets, ids.device), tokens[on_device(sources, ids.device)])
 
 
 class _Answers:

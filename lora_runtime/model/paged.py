@@ -105,10 +105,9 @@ class StaticDecodes:
         self.num_tokens = num_rows
         self.num_columns = -(-max_context // cache.block_tokens)
         self._layers = layers
-        sizes = [num_rows, num_rows + 1, num_rows * self.num_columns]
-        self._slots = torch.empty(num_rows, dtype=torch.int64, device=cache.device)
-        self._buffer = torch.empty(sum(sizes), dtype=torch.int32, device=cache.device)
-        used, contexts, blocks = self._buffer.split(sizes)
+        self._sizes = [num_rows, num_rows + 1, num_rows * self.num_columns]
+        self._buffer = torch.empty(num_rows + (sum(self._sizes) + 1) // 2, dtype=torch.int64, device=cache.device)
+        self._slots, used, contexts, blocks = self._parts(self._buffer)
         self._spans = PagedSpans(
             queries=torch.arange(num_rows + 1, dtype=torch.int32, device=cache.device),
             contexts=contexts,
@@ -127,22 +126,24 @@ class StaticDecodes:
         """Replace the content, in the order of the current stream, without a wait."""
         cache, num_rows = self._layers.cache, self.num_tokens
         assert cache.spare_block is not None
-        pinned = cache.device.type == "cuda"
-        slots = torch.empty(num_rows, dtype=torch.int64, pin_memory=pinned)
-        host = torch.empty(len(self._buffer), dtype=torch.int32, pin_memory=pinned)
-        used = np.ones(num_rows, dtype=np.int32)
-        blocks = np.full((num_rows, self.num_columns), cache.spare_block, dtype=np.int32)
-        slots.numpy()[:] = cache.spare_block * cache.block_tokens
+        host = torch.zeros(len(self._buffer), dtype=torch.int64, pin_memory=cache.device.type == "cuda")
+        slots, used, contexts, blocks = (part.numpy() for part in self._parts(host))
+        slots[:], used[:] = cache.spare_block * cache.block_tokens, 1
+        blocks[:] = cache.spare_block
+        table = blocks.reshape(num_rows, self.num_columns)
         for at, row in enumerate(rows):
             one = row.cached
             assert one is not None and row.sequence.num_tokens == 1
             used[at] = one.start + 1
-            blocks[at, : len(one.blocks)] = one.blocks
-            slots[at : at + 1].numpy()[:] = _slots(one, 1, cache.block_tokens)
-        contexts = np.concatenate([[0], used.cumsum(dtype=np.int32)])
-        host.numpy()[:] = np.concatenate([used, contexts, blocks.ravel()])
-        self._slots.copy_(slots, non_blocking=True)
+            table[at, : len(one.blocks)] = one.blocks
+            slots[at] = _slots(one, 1, cache.block_tokens)[0]
+        used.cumsum(out=contexts[1:])
         self._buffer.copy_(host, non_blocking=True)
+
+    def _parts(self, buffer: torch.Tensor) -> list[torch.Tensor]:
+        """Slots [n] int64, and as int32: used [n], contexts [n + 1], blocks [n * columns]."""
+        slots, rest = buffer[: self.num_tokens], buffer[self.num_tokens :].view(torch.int32)
+        return [slots, *rest[: sum(self._sizes)].split(self._sizes)]
 
     def attend(
         self,

@@ -132,12 +132,14 @@ class PackedRunner:
             after.feed(batch)
         return steps[-1]
 
-    def _next_logits(self, rows: Sequence[Row], last: torch.Tensor) -> torch.Tensor:
+    def _next_logits(self, rows: Sequence[Row], last: torch.Tensor, step: Step | None) -> torch.Tensor:
         """[n, vocabulary] after each row, from the hidden states [n, d] of their last tokens."""
-        batch = Batch.pack([_last_token(row) for row in rows], self._base.placement.device)
+        if step is None:
+            batch = Batch.pack([_last_token(row) for row in rows], self._base.placement.device)
+            step = Step(batch, self._slots, self._backend)
         head = self._base.heads[Task.GENERATE]
         assert isinstance(head, TaskHead)
-        return head.next_token(Step(batch, self._slots, self._backend), last)
+        return head.next_token(step, last)
 
     def _run_head(
         self, task: Task, chosen: list[int], rows: list[Row], hidden: torch.Tensor, outputs: list[torch.Tensor]

@@ -47,11 +47,13 @@ class LoraLinear(Wrapped):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., T, d_in] → [..., T, d_out]."""
         is_adapted = False
+        step = current_step.get()
+        if step is not None:
+            step.begin_shrink(x, self.group)
         if self.prepacked is None or x.shape[:-1].numel() <= self.few_rows:
             y = self.base(x)
         else:
             y, is_adapted = self.prepacked(x, self._adapt_group)
-        step = current_step.get()
         if step is None or is_adapted:
             return y
         owners = step.owners(x)

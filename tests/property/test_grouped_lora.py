@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_runtime.arena import BASE_SLOT, RankArena, SitePlacement, SlotTable, align
-from lora_runtime.kernels.grouped_lora import GroupedLora, LoraPlan, grouped_lora
+from lora_runtime.kernels.grouped_lora import GroupedLora, GroupLora, LoraPlan, grouped_lora
 from lora_runtime.kernels.grouped_lora.cpu import CpuGroupedLora
 from lora_runtime.kernels.grouped_lora.reference import ReferenceGroupedLora
 from lora_runtime.kernels.grouped_lora.registry import BACKENDS, TOLERANCES, BackendResources
@@ -167,6 +167,24 @@ def check(world: World, rows: list[tuple[int, int]], subject: Subject) -> None:
             if slot == BASE_SLOT:
                 assert torch.equal(got[cursor : cursor + count], before[cursor : cursor + count]), "base rows changed"
             cursor += count
+    if isinstance(backend, GroupLora) and plan.active(world.group):
+        check_group(world, backend, LoraPlan.build(world.slots, rows), x, outs, exact, subject)
+
+
+def check_group(
+    world: World,
+    backend: GroupLora,
+    plan: LoraPlan,
+    x: torch.Tensor,
+    outs: list[torch.Tensor],
+    exact: list[torch.Tensor],
+    subject: Subject,
+) -> None:
+    """All sites at once, their outputs side by side."""
+    whole = torch.cat(outs, 1)
+    backend.expand_group(backend.shrink(x, world.group, plan), world.group, plan, whole)
+    for got, want in zip(whole.split([out.shape[1] for out in outs], 1), exact, strict=True):
+        assert relative_error(got, want) < subject.tolerance
 
 
 ranks_of = st.lists(st.lists(st.sampled_from(RANKS), min_size=2, max_size=2), min_size=6, max_size=6)

@@ -104,7 +104,10 @@ class Rig:
         found, want = self.graphed.hidden_states(rows).float(), self.eager.hidden_states(rows).float()
         assert (self.graphs.stats.replayed - before) == replayed
         assert found.isfinite().all()
-        torch.testing.assert_close(found, want, atol=self.tolerance * float(want.abs().max()), rtol=0)
+        if self.base.placement.dtype is torch.float32:
+            torch.testing.assert_close(found, want, atol=self.tolerance * float(want.abs().max()), rtol=0)
+        else:  # each value is rounded in every layer: single ones may be farther off
+            assert (found - want).norm() / want.norm() < self.tolerance
         return found
 
     def go_on(self, texts: list[Text]) -> None:

@@ -1,9 +1,10 @@
-"""The Triton backend: two launches of one kernel each per site group and site, whatever adapters a batch has."""
+"""The Triton backend: two launches per site group, whatever adapters a batch has."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ class TritonGroupedLora:
         self._slots = slots
         self._table = table or TuningTable()
         self.device_slots = DeviceSlots(slots, arena.buffer.device)
+        self._layouts: dict[tuple[tuple[int, ...], int], torch.Tensor] = {}
 
     @property
     def num_compiled(self) -> int:
@@ -89,23 +91,46 @@ class TritonGroupedLora:
 
     def expand(self, shrunk: _Shrunk, site: Site, plan: LoraPlan, out: torch.Tensor) -> None:
         """out [as many rows as x, d_out], of any strides."""
+        self._expand(shrunk, (site,), plan, out)
+
+    def expand_group(self, shrunk: _Shrunk, group: SiteGroup, plan: LoraPlan, out: torch.Tensor) -> None:
+        """out [as many rows as x, sum of d_out], of any strides: one launch for all sites."""
+        self._expand(shrunk, group.sites, plan, out)
+
+    def _expand(self, shrunk: _Shrunk, sites: tuple[Site, ...], plan: LoraPlan, out: torch.Tensor) -> None:
         tiles = self.prepare(plan)
         split, num_rows, width = shrunk.planes.shape
-        assert out.shape == (num_rows, site.d_out), f"out is {tuple(out.shape)}, not {(num_rows, site.d_out)}"
-        config = self._table.expand_for(site.d_out, width, plan.num_rows)
+        d_out = sum(site.d_out for site in sites)
+        assert out.shape == (num_rows, d_out), f"out is {tuple(out.shape)}, not {(num_rows, d_out)}"
+        config = self._table.expand_for(max(site.d_out for site in sites), width, plan.num_rows)
+        layout = self._layout(sites, config.block_out)
         slots = self.device_slots
         target = _like_contiguous(out)
         if tiles.capacity:
             with torch.cuda.device_of(out):
-                _launch(expand_kernel, (tiles.capacity, triton.cdiv(site.d_out, config.block_out)))(
-                    shrunk.planes, self._buffer, tiles.buffer, slots.b_offset, slots.column, slots.rank, slots.scaling,
-                    target, num_rows, slots.rank.shape[1], site.index, site.d_out, target.stride(0), width,
+                _launch(expand_kernel, (tiles.capacity, len(layout)))(
+                    shrunk.planes, self._buffer, tiles.buffer, layout, slots.b_offset, slots.column, slots.rank,
+                    slots.scaling, target, num_rows, slots.rank.shape[1], target.stride(0), width,
                     SPLIT=split, BLOCK_ROWS=tiles.tile_rows, BLOCK_RANK=config.block_rank, BLOCK_OUT=config.block_out,
+                    IS_ALIGNED=all(site.d_out % _ALIGNMENT == 0 for site in sites),
                     PRECISION=self._precision(out.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
                     enable_fp_fusion=True,
                 )  # fmt: skip
         if target is not out:
             out.copy_(target)
+
+    def _layout(self, sites: tuple[Site, ...], block_out: int) -> torch.Tensor:
+        """[blocks, 4] int32: where each block of outputs of these sites, which lie side by side, is; made once."""
+        key = tuple(site.index for site in sites), block_out
+        if key not in self._layouts:
+            columns = accumulate((site.d_out for site in sites), initial=0)
+            blocks = [
+                (site.index, first, site.d_out, column)
+                for site, column in zip(sites, columns, strict=False)
+                for first in range(0, site.d_out, block_out)
+            ]
+            self._layouts[key] = torch.tensor(blocks, dtype=torch.int32, device=self._buffer.device)
+        return self._layouts[key]
 
     def warm_up(self, groups: Iterable[SiteGroup], dtypes: Iterable[torch.dtype]) -> int:
         """Compile all that these groups can ever need, for any batch and any rank; returns how many kernels that were.
@@ -131,6 +156,8 @@ class TritonGroupedLora:
         shrunk = self.shrink(torch.empty(2, group.d_in, dtype=dtype, device=device), one_site, plan)
         for site in group.sites:
             self.expand(shrunk, site, plan, torch.empty(2, site.d_out, dtype=dtype, device=device))
+        d_out = sum(site.d_out for site in group.sites)
+        self.expand_group(shrunk, group, plan, torch.empty(2, d_out, dtype=dtype, device=device))
 
     def _new_planes(self, split: int, num_rows: int, width: int) -> torch.Tensor:
         return torch.empty(split, num_rows, width, dtype=torch.float32, device=self._buffer.device)

@@ -18,7 +18,7 @@ import triton.language as tl
 from lora_runtime.kernels.interpreting import loop_bound
 
 # By default Triton compiles a kernel anew for an argument that is 1, or the first multiple of 16.
-COUNTS = ("num_rows", "num_groups", "group", "num_sites", "site")
+COUNTS = ("num_rows", "num_groups", "group", "num_sites")
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -85,30 +85,35 @@ def expand_kernel(
     planes,  # [SPLIT, num_rows, width] fp32
     arena,
     tiles,  # int32: count, then (slot, first row, rows) of each
+    layout,  # int32: (site, first of its outputs, how many it has, the column of `out` of its first) of each block
     b_offset,  # [slot, site] int64: where the site's B, [rank, d_out], begins
     column,  # [slot, site] int32: of the planes, the site's first
     site_rank,  # [slot, site] int32
     scaling,  # [slot, site] fp32
-    out,  # [num_rows, d_out], rows out_stride apart
+    out,  # [num_rows, all sites' d_out], rows out_stride apart
     num_rows,
     num_sites,
-    site,
-    d_out,
     out_stride,
     width,
     SPLIT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
+    IS_ALIGNED: tl.constexpr,  # widths of sites are multiples of 16
     PRECISION: tl.constexpr,
 ):
-    """One tile, one block of d_out: sums the planes in order, times B, times scaling, plus out, rounded once.
+    """One tile, one block of a site's d_out: sums the planes in order, times B, times scaling, plus out, rounded once.
 
     B is exact in float32 (and in tf32, when it is stored in half precision), where x A^T cannot overflow.
     """
     tile = tl.program_id(0)
     if tile >= tl.load(tiles):
         return
+    block = layout + 4 * tl.program_id(1)
+    site, first_out, d_out, first_column = tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
+    if IS_ALIGNED:
+        first_out, d_out = tl.multiple_of(first_out, 16), tl.multiple_of(d_out, 16)
+        first_column = tl.multiple_of(first_column, 16)
     slot = tl.load(tiles + 1 + 3 * tile).to(tl.int64)
     at = slot * num_sites + site
     rank = tl.load(site_rank + at)
@@ -118,7 +123,7 @@ def expand_kernel(
     row_steps = tl.arange(0, BLOCK_ROWS)
     row_mask = row_steps < tl.load(tiles + 3 + 3 * tile)
     rows = (first_row + row_steps).to(tl.int64)
-    outs = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    outs = first_out + tl.arange(0, BLOCK_OUT)
     out_mask = outs < d_out
     b = arena + tl.multiple_of(tl.load(b_offset + at), 16)
     plane = planes + tl.load(column + at)
@@ -138,7 +143,7 @@ def expand_kernel(
             other=0.0,
         )
         total = tl.dot(shrunk, b_block.to(tl.float32), total, input_precision=PRECISION)
-    places = out + rows[:, None] * out_stride + outs[None, :]
+    places = out + rows[:, None] * out_stride + (first_column + outs)[None, :]
     mask = row_mask[:, None] & out_mask[None, :]
     before = tl.load(places, mask=mask, other=0.0).to(tl.float32)
     after = before + total * tl.load(scaling + at)

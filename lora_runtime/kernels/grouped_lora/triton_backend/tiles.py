@@ -27,6 +27,7 @@ class TileList:
         self.tile_rows = tile_rows
         self.max_rank = max_rank
         self.num_tiles = 0
+        self._segments: tuple[Segment, ...] = ()  # that it has the tiles of
         self.buffer = torch.zeros(1 + 3 * capacity, dtype=torch.int32, device=device)
 
     @classmethod
@@ -45,7 +46,12 @@ class TileList:
         return int(plan.slots.rank[[s.slot for s in plan.segments]].max()) <= self.max_rank
 
     def fill(self, plan: LoraPlan) -> None:
-        """Replace the tiles by the plan's: one copy in the order of the current stream, without a wait."""
+        """Replace the tiles by the plan's: one copy in the order of the current stream, without a wait.
+
+        None where they are the same: texts that go on have those of the step before.
+        """
+        if plan.segments == self._segments:
+            return
         assert self.fits(plan), f"a list of {self.capacity} tiles, rank {self.max_rank}, is too small for the plan"
         tiles = _cut(plan.segments, self.tile_rows)
         packed = torch.from_numpy(np.concatenate([[len(tiles)], tiles.ravel()]).astype(np.int32))
@@ -53,6 +59,7 @@ class TileList:
             packed = packed.pin_memory()  # torch keeps its memory until the copy has been made
         self.buffer[: len(packed)].copy_(packed, non_blocking=True)
         self.num_tiles = len(tiles)
+        self._segments = plan.segments
 
     def static_plan(self, slots: SlotTable, num_rows: int) -> LoraPlan:
         """A plan to capture a graph of `num_rows` rows with: it has the tiles that this list has when it is replayed.
