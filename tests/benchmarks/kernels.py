@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from lora_runtime.model.capture import CudaCapture
+from lora_runtime.model.capture import Captured, CudaCapture
 from server.bench.measure import OutputsDiffer, Spread, describe_machine
 from tests.benchmarks.kernels_contenders import TORCH_CONTENDERS, Contender, NotMeasured, Turn
 from tests.benchmarks.kernels_others import OTHER_CONTENDERS
@@ -177,10 +177,17 @@ def _captured(turn: Turn, capture: CudaCapture) -> Turn:
     """What a call launches, without the host's time for it; raises NotMeasured where that is not the whole of it."""
     if turn.on_host:
         raise NotMeasured("the host makes part of each call's input; see --launch eager")
+    call = turn.run
     try:
-        return replace(turn, run=capture.capture(turn.run).replay)
+        captured = capture.capture(call)
     except RuntimeError as error:
         raise NotMeasured(f"a CUDA graph cannot capture it: {str(error).strip().splitlines()[0]}") from error
+    return replace(turn, run=partial(_replay, captured, call))
+
+
+def _replay(captured: Captured, _kept: object) -> list[torch.Tensor]:
+    """`_kept`: the call that was captured, whose tensors the graph reads."""
+    return cast("list[torch.Tensor]", captured.replay())
 
 
 def _packed(problem: Problem, turn: Turn) -> list[torch.Tensor]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -173,6 +176,29 @@ def test_the_table_has_every_case_of_a_quick_run_and_says_what_is_not_measured(
     assert "not measured: its kernels are Triton for CUDA" in table
     assert result["machine"]["versions"]["torch"] == torch.__version__
     assert max(result["largest_error"].values()) < result["tolerance"]
+
+
+class ForgetfulCapture:
+    """Keeps what a call launched, as a CUDA graph does, and not what it needs for that."""
+
+    def capture(self, forward: Any) -> Any:
+        outs = forward()
+        return SimpleNamespace(replay=lambda: outs)
+
+
+def test_a_captured_call_keeps_what_it_reads() -> None:
+    class Read(torch.nn.Module):
+        def forward(self) -> list[torch.Tensor]:
+            return [torch.ones(1)]
+
+    call = Read()
+    kept = weakref.ref(call)
+    turn = kernels._captured(Turn(call), ForgetfulCapture())
+    del call
+    gc.collect()
+    assert kept() is not None and turn.run()[0].item() == 1
+    with pytest.raises(NotMeasured, match="the host makes part"):
+        kernels._captured(replace(turn, on_host=True), ForgetfulCapture())
 
 
 class FakeEvent:

@@ -256,7 +256,8 @@ def test_a_warm_up_covers_every_bucket_and_touches_nothing(launches: Launches) -
     world = World.make([[8, 3]], 48, [32, 20], subject=FP16)
     before = world.arena.buffer.clone()
     made(world).warm_up([world.group], [torch.float16, torch.float32])
-    assert len(launches.calls) == 2 * len(TOKEN_BUCKETS) * len(RANK_BUCKETS) * (1 + 2 + 1)  # the shrink, each site, both together
+    each = 1 + 2 + 1  # the shrink, each site, both together
+    assert len(launches.calls) == 2 * len(TOKEN_BUCKETS) * len(RANK_BUCKETS) * each
     assert torch.equal(before.view(torch.int16), world.arena.buffer.view(torch.int16))
 
 

@@ -203,6 +203,18 @@ def test_a_wider_variant_serves_and_a_narrower_never(tiny_bert: Path) -> None:
     assert rig.graphs.stats.eager == {Eager.VARIANT: 1}
 
 
+def test_a_slot_that_another_adapter_took_is_looked_at_again(tiny_bert: Path) -> None:
+    rig = Rig.make(tiny_bert, "cpu")
+    one = rig.add(4, "query")
+    rig.graphs.capture()
+    rig.check([rig.row(4, one)])
+    rig.slots.release(one.slot)
+    other = rig.add(17, "query")
+    assert other.slot == one.slot
+    rig.check([rig.row(4, other)], replayed=False)
+    assert rig.graphs.stats.eager == {Eager.VARIANT: 1}
+
+
 @pytest.mark.parametrize("lengths", [(20, 13), (5, 4, 3, 2, *[1] * 14)])
 def test_a_batch_larger_than_every_bucket_runs_eagerly_and_is_counted(
     tiny_bert: Path, lengths: tuple[int, ...]

@@ -78,6 +78,21 @@ def test_a_list_is_refilled_in_place_with_more_with_none_and_with_fewer() -> Non
         assert tiles.buffer.data_ptr() == address
 
 
+def test_tiles_that_stay_the_same_are_not_copied_again() -> None:
+    slots = table()
+    publish(slots, 8, 8, 8), publish(slots, 8, 8, 8)
+    tiles = TileList(4, 16, CPU, max_rank=8)
+    for rows in ([(0, 1), (1, 1)], [(1, 1), (0, 1)]):
+        tiles.fill(LoraPlan.build(slots, rows))
+        want = tiles_in(tiles)
+        tiles.buffer[1:] = -7
+        tiles.fill(LoraPlan.build(slots, rows))
+        assert (tiles.buffer[1:] == -7).all()
+        tiles.fill(LoraPlan.build(slots, [(0, 3)]))
+        tiles.fill(LoraPlan.build(slots, rows))
+        assert tiles_in(tiles) == want
+
+
 def test_a_plan_that_is_too_large_does_not_fit() -> None:
     slots = table()
     small, large = publish(slots, 8, 0, 0), publish(slots, 0, 9, 0, offset=4096)
