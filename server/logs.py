@@ -42,6 +42,11 @@ def configure(level: str, log_format: LogFormat, access: AccessLog, stream: Text
     logging.raiseExceptions = False  # it would print what a record was made of
     logging.getLogger("grpc").setLevel(logging.INFO)  # at debug it writes a line per RPC
     logging.getLogger("lora_runtime.adapters.plan").addFilter(RepeatsFilter())
+    configure_access(access)
+
+
+def configure_access(access: AccessLog) -> None:
+    """Which RPCs have a line."""
     access_log.disabled = access == "off"
     access_log.filters = [_only_errors] if access == "errors" else []
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from lora_runtime.train.data import RowSchema, read_examples
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lora_runtime.runtime import Runtime
 from lora_runtime.svd.extract import extract_adapter
 from lora_runtime.svd.settings import ExtractSettings, RankRule
-from lora_runtime.train.data import RowSchema, read_examples
 
 DATA = Path(os.environ.get("MULTILORA_DATA", "")) / "ag_news"
 TRAIN_ROWS, TEST_ROWS, BATCH, EPOCHS, MAX_TOKENS = 2000, 500, 16, 1, 40
