@@ -169,7 +169,7 @@ class RpcInterceptor(aio.ServerInterceptor):
             status, reason = to_status(error), error.reason
             key_id = error.key_id if isinstance(error, Unauthenticated) else ""
             if status.code is grpc.StatusCode.INTERNAL:  # the runtime's own fault, which it has logged
-                _log.error("%s failed: %s", method, error.message)
+                _log.error("request %s: %s failed: %s", request_id, method, error.message)
                 status = internal_status(request_id)
             code = status.code
             await _abort(context, status, request_id)
@@ -180,7 +180,7 @@ class RpcInterceptor(aio.ServerInterceptor):
             code = _status_of(context)
             raise
         except Exception:  # noqa: BLE001 - the last line: nothing internal may leak to the caller
-            _log.exception("%s failed unexpectedly", method)
+            _log.exception("request %s: %s failed unexpectedly", request_id, method)
             code, reason = grpc.StatusCode.INTERNAL, "INTERNAL"
             await _abort(context, internal_status(request_id), request_id)
         finally:

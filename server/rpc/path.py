@@ -23,7 +23,6 @@ from server.rpc.context import Context, remaining_seconds
 from server.rpc.turn import Flight, Turn
 from server.tenancy.limits import TenantLimits
 from server.tenancy.model import Role
-from server.tenancy.usage import num_generated_tokens
 from server.tokenize import TokenizerPool
 
 T = TypeVar("T")
@@ -140,7 +139,7 @@ class InferencePath:
         self._metrics.observe_stage("total", total_s)
         reply.timings.CopyFrom(flight.timings(result, interpret_s, total_s=total_s))
         note_work(
-            generated_tokens=num_generated_tokens(result),
+            generated_tokens=flight.num_generated,
             **{stage.name: round(value, 6) for stage, value in reply.timings.ListFields()},
         )
         return reply
