@@ -33,9 +33,9 @@ _PLAIN = (MultiloraError, OSError, MemoryError)  # whose messages quote no text
 
 def configure(level: str, log_format: LogFormat, access: AccessLog, stream: TextIO | None = None) -> None:
     """Set up the root logger of this process, once."""
-    stream = stream or sys.stderr
-    handler = logging.StreamHandler(stream)
-    is_json = log_format == "json" or (log_format == "auto" and not stream.isatty())
+    out: TextIO = sys.stderr if stream is None else stream
+    handler = logging.StreamHandler(out)
+    is_json = log_format == "json" or (log_format == "auto" and not out.isatty())
     handler.setFormatter(JsonFormatter() if is_json else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)

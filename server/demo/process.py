@@ -26,7 +26,7 @@ class ServerProcess:
         self.log = adapters.parent / "server.log"
         self._command = [
             sys.executable, "-c", "from server.cli import app; app()", "serve", "--auth", "none", "--base", base,
-            "--adapters", str(adapters), "--port", str(self.port), "--metrics-port", str(self.metrics_port),
+            "--adapters", str(adapters), "--port", str(self.port), "--metrics-port", str(self.metrics_port), "--log-format", "text",
             "--threads", str(threads),
         ]  # fmt: skip
         self._process: subprocess.Popen[bytes] | None = None
