@@ -26,8 +26,8 @@ class ServerProcess:
         self.log = adapters.parent / "server.log"
         self._command = [
             sys.executable, "-c", "from server.cli import app; app()", "serve", "--auth", "none", "--base", base,
-            "--adapters", str(adapters), "--port", str(self.port), "--metrics-port", str(self.metrics_port), "--log-format", "text",
-            "--threads", str(threads),
+            "--adapters", str(adapters), "--port", str(self.port), "--metrics-port", str(self.metrics_port),
+            "--threads", str(threads), "--log-format", "text",
         ]  # fmt: skip
         self._process: subprocess.Popen[bytes] | None = None
 

@@ -59,7 +59,8 @@ class UsageMetrics(Collector):
         families = self._families()
         with self._lock:
             news = self._news()
-            self._show_busiest()
+            if news and len(self._shown) < _MAX_SHOWN:
+                self._show_busiest()
             for (name, (tenant, *labels)), amount in news.items():
                 label = tenant if tenant in self._shown else OTHER
                 if amount:
@@ -71,14 +72,14 @@ class UsageMetrics(Collector):
     def _news(self) -> Tally[_Key]:
         """What happened since the last scrape, by tenant."""
         news: Tally[_Key] = Tally()
-        totals = self._meter.totals()
+        totals = self._meter.take_active()
         for tenant, now in totals.items():
             before = self._counted.get(tenant, _NOTHING)
             if now != before:
                 news[REQUESTS, (tenant, "ok")] = now.requests_ok - before.requests_ok
                 news[REQUESTS, (tenant, "error")] = now.requests_failed - before.requests_failed
                 news[TOKENS, (tenant,)] = now.tokens - before.tokens
-        self._counted = totals
+        self._counted |= totals
         for (tenant, quota), number in self._rejections.items():
             news[REJECTIONS, (tenant, quota)] = number
         self._rejections.clear()
