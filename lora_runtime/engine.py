@@ -23,6 +23,7 @@ from lora_runtime.arena import RankArena, SlotTable
 from lora_runtime.batch import Resident
 from lora_runtime.decoding import Decoding, GenerationStats
 from lora_runtime.engine_settings import EngineSettings
+from lora_runtime.engine_stats import EngineStats, engine_stats
 from lora_runtime.errors import (
     AdapterFailed,
     AdapterNotFound,
@@ -119,6 +120,7 @@ class Engine(AdapterCalls):
         self._thread = threading.Thread(target=self._loop, name="multilora-engine", daemon=True)
         self._drain_until: float | None = None  # set once the engine is draining
         self._swept_at = 0.0
+        self._turned_at = time.monotonic()
         self._idle = True
         self._flight: Flight | None = None  # the batch that is under way
         self._landed_at = 0.0
@@ -175,6 +177,10 @@ class Engine(AdapterCalls):
         if self._decoding is not None:
             self.call(self._decoding.check_integrity)
 
+    def stats(self) -> EngineStats:
+        """What waits and runs now, and when the loop last turned. From any thread, and at once."""
+        return engine_stats(self._scheduler, self._turned_at)
+
     def generation_stats(self) -> GenerationStats | None:
         """What the KV cache holds and did; None where nothing generates. From any thread."""
         return None if self._decoding is None else self._decoding.stats()
@@ -207,6 +213,7 @@ class Engine(AdapterCalls):
         if self._settings.num_threads is not None:
             torch.set_num_threads(self._settings.num_threads)
         while not self._is_drained():
+            self._turned_at = time.monotonic()
             self._mailbox.run_pending(_IDLE_WAIT_S if self._idle else 0)
             self._expire()
             self._step()

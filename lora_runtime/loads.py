@@ -42,7 +42,10 @@ _MAX_BLOCKED = 8  # loads without room that are looked at between two steps
 
 
 class Loads:
-    """Loads that wait for their turn or for room, and those under way. `on_failed` is told of every one refused."""
+    """Loads that wait for their turn or for room, and those under way.
+
+    `on_failed` is told of every one refused, `on_evicted` of every image that made room in a tier.
+    """
 
     def __init__(
         self,
@@ -51,6 +54,7 @@ class Loads:
         loader: AdapterLoader,
         base: BaseSpec,
         on_failed: Callable[[AdapterId, MultiloraError], None],
+        on_evicted: Callable[[AdapterId, str], None],
         quota_of: Callable[[str], int | None],
     ) -> None:
         self._records = records
@@ -59,14 +63,15 @@ class Loads:
         self._shared_modules = base.shared_modules
         self._shared_sites = frozenset(site.index for site in base.sites if site.name in base.shared_modules)
         self._on_failed = on_failed
+        self._on_evicted = on_evicted
         self.yielding: frozenset[AdapterId] = frozenset()  # in use, and wanted out of the way by a load that waits
         self._queue: dict[AdapterId, float] = {}  # since when it waits for its next step, in that order
         self._running: set[AdapterId] = set()  # the loader owes a message
         self._room = Room(
             records,
             memory,
-            evict=self.evict,
-            evict_from_host=self.evict_from_host,
+            evict=self._make_way,
+            evict_from_host=self._make_way_on_host,
             moved=self._moved,
             is_pending=self.is_pending,
             quota_of=quota_of,
@@ -185,6 +190,14 @@ class Loads:
         elif freed:
             self._records.change(record, host_bytes=0)
         return freed
+
+    def _make_way(self, record: Record) -> None:
+        self.evict(record)
+        self._on_evicted(record.info.id, "device")
+
+    def _make_way_on_host(self, record: Record) -> None:
+        self.evict_from_host(record)
+        self._on_evicted(record.info.id, "host")
 
     def _leave_memory(self, record: Record) -> None:
         self._let_go(record)

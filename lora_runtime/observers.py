@@ -24,6 +24,9 @@ class EngineObserver:
 
     def on_deleted(self, adapter: AdapterId) -> None: ...
 
+    def on_evicted(self, adapter: AdapterId, tier: str) -> None:
+        """Its image made room for another's; `tier` is `device` or `host`. An unload that was asked for is none."""
+
     def on_alias(self, alias: Alias) -> None: ...
 
     def on_alias_deleted(self, alias: Alias) -> None: ...
@@ -51,6 +54,9 @@ class Observers(EngineObserver):
     def on_deleted(self, adapter: AdapterId) -> None:
         logger.info("adapter %s is deleted", adapter)
         self._tell("on_deleted", adapter)
+
+    def on_evicted(self, adapter: AdapterId, tier: str) -> None:
+        self._tell("on_evicted", adapter, tier)
 
     def on_alias(self, alias: Alias) -> None:
         self._tell("on_alias", alias)

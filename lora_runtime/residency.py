@@ -59,7 +59,7 @@ class Residency:
         self._on_ready = on_ready
         self._on_failed = on_failed
         self._records = Records(self.catalogue, self._changed, observers.on_alias)
-        self._loads = Loads(self._records, memory, loader, base, on_failed, quota_of)
+        self._loads = Loads(self._records, memory, loader, base, on_failed, observers.on_evicted, quota_of)
         self._registering: dict[AdapterId, tuple[Origin, Future[AdapterInfo], bool]] = {}
         self._leaving: dict[AdapterId, None] = {}  # to be unloaded or deleted
 

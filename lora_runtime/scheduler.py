@@ -69,6 +69,10 @@ class Scheduler:
         self._keep_up_to = _MIN_KEPT  # tenants, until those whose credit is full are forgotten
         self._waiting: frozenset[str] = frozenset()  # tenants that could be served in the last batch
 
+    @property
+    def num_queued_tokens(self) -> int:
+        return self._num_queued_tokens
+
     def open_tickets(self) -> list[Ticket]:
         """Requests that have not had their reply, oldest first."""
         return list(self._tickets.values())

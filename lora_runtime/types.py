@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
+from lora_runtime.device_memory import DeviceMemory
 from lora_runtime.errors import AdapterFailed, InvalidRequest, MultiloraError, TaskMismatch
 from lora_runtime.generation import Generated, Generation
 from lora_runtime.prompts.spec import PromptSpec
@@ -385,6 +386,7 @@ class RunnerStats:
     graph_bytes: int = 0  # of device memory that they took
     replayed_steps: int = 0
     eager_steps: Mapping[str, int] = field(default_factory=dict[str, int])  # that had no graph, by reason
+    device_memory: DeviceMemory | None = None  # None where the device has none of its own: a CPU
 
 
 @dataclass(frozen=True, slots=True)

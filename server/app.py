@@ -15,16 +15,15 @@ from grpc import aio
 from grpc_health.v1 import health
 from grpc_reflection.v1alpha import reflection
 
-from lora_runtime.decoding import GenerationStats
-from lora_runtime.types import AdapterInfo, AdapterState, RunnerStats
+from lora_runtime.types import AdapterInfo, AdapterState
 from server.admission import Admission
 from server.backend import Backend, BackendSlot, completion
 from server.control.events import EventLog, EventObserver
 from server.control.setup import Control
 from server.control.watcher import RootWatcher
 from server.early_refusal import EarlyRefusal
-from server.kv_metrics import KvMetrics
-from server.metrics import EngineMetrics, MetricsEndpoint, ServerMetrics
+from server.metrics import ServerMetrics
+from server.operations.setup import Operations
 from server.pb.multilora.v1 import (
     adapters_pb2,
     adapters_pb2_grpc,
@@ -40,7 +39,6 @@ from server.rpc.inference import GENERATE_STREAM_METHOD, InferenceService
 from server.rpc.interceptors import RpcInterceptor
 from server.rpc.path import InferencePath
 from server.rpc.usage import UsageService
-from server.runner_metrics import RunnerMetrics
 from server.settings import MIB, ServeSettings, is_loopback
 from server.startup import BackendFactory, Prepared, StartupError, load_runtime
 from server.tenancy.setup import Tenancy
@@ -74,8 +72,6 @@ class App:
         self._loading: Future[Prepared] | None = None
         self._metrics = ServerMetrics()
         self._events = EventLog()
-        RunnerMetrics(self._metrics.registry, self._runner_stats)
-        KvMetrics(self._metrics.registry, self._generation_stats)
         self._tenancy = Tenancy(settings, self._metrics)
         self._control = Control(settings, self._slot)
         self._watching: asyncio.Task[None] | None = None
@@ -84,12 +80,14 @@ class App:
         self._tokenizers = TokenizerPool(settings.tokenizer_threads)
         self._health = Health(SERVICES)
         self._server: aio.Server | None = None
-        self._endpoint: MetricsEndpoint | None = None
+        self._operations = Operations(
+            settings, self._metrics, self._tenancy, self._admission, self._health, lambda: self._backend
+        )
         self.port = settings.port
 
     @property
     def metrics_port(self) -> int:
-        return self._settings.metrics_port if self._endpoint is None else self._endpoint.port
+        return self._operations.port
 
     async def run(
         self, stop: asyncio.Event, announce: Callable[[str], None], settle: Callable[[], None] = lambda: None
@@ -113,12 +111,10 @@ class App:
     async def listen(self) -> None:
         """Answer health (NOT_SERVING) and metrics; other RPCs are UNAVAILABLE until `load` is done."""
         settings = self._settings
-        self._metrics.set_arena_capacity(settings.arena_mib * MIB)
-        self._metrics.watch_admission(self._admission.max_sequences, lambda: self._admission.num_sequences)
         # checked first: a failed bind of gRPC's own prints its internals
         _require_free_port("--port", settings.host, settings.port)
         try:
-            self._endpoint = MetricsEndpoint(self._metrics, settings.metrics_host, settings.metrics_port)
+            self._operations.listen()
         except OSError as error:
             raise _cannot_listen("--metrics-port", settings.metrics_host, settings.metrics_port, error) from error
         self._server = self._build_server()
@@ -142,7 +138,7 @@ class App:
 
     async def load(self, stop: asyncio.Event, settle: Callable[[], None] = lambda: None) -> bool:
         """Load base and preloads, then serve. False when `stop` was set meanwhile."""
-        observers = (EngineMetrics(self._metrics), EventObserver(self._events), self._tenancy.meter)
+        observers = (self._operations.engine_metrics, EventObserver(self._events), self._tenancy.meter)
         self._loading = _in_daemon_thread(lambda: self._control.prepare(self._factory, observers))
         loaded = asyncio.ensure_future(completion(self._loading))
         stopped = asyncio.ensure_future(stop.wait())
@@ -162,12 +158,6 @@ class App:
         await self._health.serve()
         return True
 
-    def _runner_stats(self) -> RunnerStats:
-        return RunnerStats() if self._backend is None else self._backend.stats()
-
-    def _generation_stats(self) -> GenerationStats | None:
-        return None if self._backend is None else self._backend.engine.generation_stats()
-
     async def close(self) -> None:
         """Report NOT_SERVING, give requests in flight `grace` seconds, then stop. Safe at any stage."""
         await self._health.drain()
@@ -186,8 +176,7 @@ class App:
         self._control.close()
         self._tokenizers.close()
         await asyncio.to_thread(self._tenancy.close)
-        if self._endpoint is not None:
-            await asyncio.to_thread(self._endpoint.close)
+        await asyncio.to_thread(self._operations.close)
 
     def summary(self) -> str:
         """What people read when the server is up."""

@@ -24,6 +24,7 @@ from lora_runtime.types import AdapterId, AdapterInfo, Alias, Request, Result, R
 
 if TYPE_CHECKING:  # brings torch, transformers and tokenizers
     from lora_runtime.decoding import GenerationStats
+    from lora_runtime.engine_stats import EngineStats
     from lora_runtime.model.encoder_text import TokenText, Window
     from lora_runtime.sampling.constrained import ConstraintKind
     from lora_runtime.sampling.row import LogitsMask
@@ -61,6 +62,10 @@ class Engine(Protocol):
     def use_shares(self, shares: Shares) -> None: ...
 
     def add_observer(self, observer: EngineObserver) -> None: ...
+
+    def stats(self) -> EngineStats:
+        """What waits and runs now, and when the loop last turned; from any thread, at once."""
+        ...
 
     def generation_stats(self) -> GenerationStats | None:
         """What the KV cache holds and did; None where nothing generates. From any thread."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import logging
 import os
 import signal
 from importlib import metadata
@@ -16,7 +15,6 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from server.collector import exempt_from_collection
-from server.log_repeats import RepeatsFilter
 from server.settings import ServeSettings, SettingsError, flag_of, resolve_settings, variable_of
 
 # command → where its typer app lives; each brings its own dependencies, which `serve` must not pay for
@@ -102,6 +100,8 @@ def serve(
     port: Annotated[int | None, _flag("port")] = None,
     metrics_host: Annotated[str | None, _flag("metrics_host")] = None,
     metrics_port: Annotated[int | None, _flag("metrics_port")] = None,
+    busiest_adapters: Annotated[int | None, _flag("busiest_adapters")] = None,
+    stall_seconds: Annotated[float | None, _flag("stall_seconds")] = None,
     preload: Annotated[str | None, _flag("preload")] = None,
     threads: Annotated[int | None, _flag("threads")] = None,
     device: Annotated[str | None, _flag("device")] = None,
@@ -131,6 +131,8 @@ def serve(
     grace: Annotated[float | None, _flag("grace")] = None,
     drain_delay: Annotated[float | None, _flag("drain_delay")] = None,
     log_level: Annotated[str | None, _flag("log_level")] = None,
+    log_format: Annotated[str | None, _flag("log_format")] = None,
+    access_log: Annotated[str | None, _flag("access_log")] = None,
 ) -> None:
     """Serve a folder of adapters over gRPC, all from one base model.
 
@@ -149,18 +151,15 @@ def run_server(settings: ServeSettings) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit code."""
     # imported here: gRPC's start-up is not for `--help`
     from server.app import App, EngineFailed
+    from server.logs import configure, log_loop_failure
     from server.startup import StartupError
 
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
-    )
-
-    logging.getLogger("grpc").setLevel(logging.INFO)  # at debug it writes a line per RPC
-    logging.getLogger("lora_runtime.adapters.plan").addFilter(RepeatsFilter())
+    configure(settings.log_level, settings.log_format, settings.access_log)
 
     async def serve_until_signal() -> None:
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
+        loop.set_exception_handler(log_loop_failure)
 
         def begin_stop() -> None:
             # a second signal then has its usual effect: the process ends at once

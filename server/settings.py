@@ -76,9 +76,15 @@ class ServeSettings(BaseModel):
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on for gRPC.")
     port: _Port = Field(50051, description="gRPC port; 0 takes any free one.")
     metrics_host: str = Field(
-        "127.0.0.1", min_length=1, description="Address of /metrics, which asks for no credential and has no TLS."
+        "127.0.0.1", min_length=1, description="Address of /metrics and probes: no credential, no TLS."
     )
-    metrics_port: _Port = Field(9090, description="HTTP port of /metrics; 0 takes any free one.")
+    metrics_port: _Port = Field(9090, description="HTTP port of /metrics and probes; 0 takes any free one.")
+    busiest_adapters: Annotated[int, Field(ge=1, le=1000)] = Field(
+        20, description="Adapters with counters of their own in /metrics; all others are counted as `other`."
+    )
+    stall_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        60.0, description="Seconds without a turn of the engine's loop after which /livez fails."
+    )
     preload: tuple[str, ...] = Field((), description="Adapters to load before serving, separated by commas.")
     threads: _Count | None = Field(
         None, description="Threads of one forward pass. Default: as many as torch finds cores."
@@ -142,6 +148,12 @@ class ServeSettings(BaseModel):
         0.0, description="Seconds between reporting NOT_SERVING and refusing requests, for routers to notice."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
+    log_format: Literal["auto", "text", "json"] = Field(
+        "auto", description="Lines of text, or of JSON; auto: JSON where stderr is no terminal."
+    )
+    access_log: Literal["all", "errors", "off"] = Field(
+        "errors", description="Which RPCs get a line in the log, at level info: all, those that failed, or none."
+    )
 
     @field_validator("preload", "sources", mode="before")
     @classmethod

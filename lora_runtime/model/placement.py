@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lora_runtime.device_memory import DeviceMemory
 from lora_runtime.errors import BaseModelUnsupported
 
 CPU = torch.device("cpu")
@@ -58,6 +59,15 @@ def _device(name: str) -> torch.device:
     if index >= count:
         raise BaseModelUnsupported(f"device {name!r} is not available: there are {count}, from cuda:0 on", device=name)
     return torch.device("cuda", index)
+
+
+def device_memory(device: torch.device) -> DeviceMemory | None:
+    """What this process holds of a device; None for a CPU. From any thread, and no call to the driver: that could
+    break the capture of a graph in another one."""
+    if device.type != "cuda":
+        return None
+    capacity = torch.cuda.get_device_properties(device).total_memory
+    return DeviceMemory(torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device), capacity)
 
 
 def place_modules(roots: Iterable[nn.Module], placement: Placement) -> None:

@@ -17,6 +17,7 @@ from lora_runtime.model.base import BaseModel, like_lengths
 from lora_runtime.model.graphs import Eager, GraphedBackbone
 from lora_runtime.model.launched import Answer, LaunchedBatch
 from lora_runtime.model.paged import PagedLayers
+from lora_runtime.model.placement import device_memory
 from lora_runtime.types import RunnerStats, Task, TokenSequence
 
 
@@ -105,12 +106,12 @@ class PackedRunner:
     def stats(self) -> RunnerStats:
         """What it did so far; from any thread."""
         compiled = self._backend.num_compiled if isinstance(self._backend, CompilingLora) else 0
-        backbone = self._base.backbone
+        backbone, memory = self._base.backbone, device_memory(self._base.placement.device)
         if not isinstance(backbone, GraphedBackbone):
-            return RunnerStats(compiled)
+            return RunnerStats(compiled, device_memory=memory)
         graphs = backbone.stats
         eager = {str(reason): graphs.eager[reason] for reason in Eager}
-        return RunnerStats(compiled, graphs.captured, graphs.num_bytes, graphs.replayed, eager)
+        return RunnerStats(compiled, graphs.captured, graphs.num_bytes, graphs.replayed, eager, memory)
 
     def hidden_states(self, rows: Sequence[Row], *, lora: bool = True) -> torch.Tensor:
         """Hidden states [T, d] of the rows, in order; `lora=False` runs the same batch on the base alone."""

@@ -29,7 +29,7 @@ class ServerProcess:
         self._command = [
             sys.executable, "-c", "from server.cli import app; app()", "serve", "--auth", "none", "--base", base,
             "--adapters", str(adapters), "--port", str(self.port), "--metrics-port", str(self.metrics_port),
-            "--threads", str(threads),
+            "--threads", str(threads), "--log-format", "text",
         ]  # fmt: skip
         self._start_limit_s = start_limit_s
         self._process: subprocess.Popen[bytes] | None = None

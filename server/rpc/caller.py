@@ -33,6 +33,7 @@ class CallInfo:
     target: str = ""  # the adapter it is about
     versions: str = ""  # where an alias is to lead
     is_denied: bool = False  # it named what is another tenant's, or nobody's
+    work: dict[str, float] = field(default_factory=dict[str, float])  # what an answer took, for the access log
 
 
 current_call: ContextVar[CallInfo] = ContextVar("current_call")
@@ -54,6 +55,11 @@ def require(*roles: Role) -> Principal:
 def aim_at(target: str) -> None:
     """Note what the call is about, for the audit log."""
     current_call.get().target = target
+
+
+def note_work(**amounts: float) -> None:
+    """Note what the call took, for the access log."""
+    current_call.get().work.update(amounts)
 
 
 def aim_alias(version: int, canary_version: int, canary_percent: float) -> None:

@@ -19,7 +19,7 @@ class GenerationMeter:
         self._charge = charge
         self._arrived_s = arrived_s
         self._num_samples = num_samples
-        self._num_tokens = 0
+        self.num_tokens = 0  # that were generated so far
         self._latest_s: dict[tuple[int, int], float] = {}  # by sequence and sample, when the last token came
         self.first_token_s: float | None = None  # since the arrival
 
@@ -38,7 +38,7 @@ class GenerationMeter:
 
     def finish(self, result: Result) -> None:
         """The request is answered; a token that no delta had is counted now."""
-        self._count(num_generated_tokens(result) - self._num_tokens)
+        self._count(num_generated_tokens(result) - self.num_tokens)
         for output in result.outputs:
             for sample in output.samples if isinstance(output, Generated) else ():
                 self._metrics.count_finished(sample.finish_reason)
@@ -49,6 +49,6 @@ class GenerationMeter:
 
     def _count(self, num_tokens: int) -> None:
         if num_tokens > 0:
-            self._num_tokens += num_tokens
+            self.num_tokens += num_tokens
             self._metrics.count_generated(num_tokens)
             self._charge.add_generated(num_tokens)

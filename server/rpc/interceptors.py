@@ -17,6 +17,8 @@ from google.protobuf.message import DecodeError
 from grpc import aio
 
 from lora_runtime.errors import InvalidRequest, MultiloraError
+from server.logs import access_log, fields, wants_access
+from server.logs import request_id as log_request_id
 from server.metrics import ServerMetrics
 from server.rpc.caller import CallInfo, aim_at_named, current_call
 from server.rpc.context import Context, remaining_seconds
@@ -152,6 +154,7 @@ class RpcInterceptor(aio.ServerInterceptor):
         started = time.perf_counter()
         code, reason, key_id = grpc.StatusCode.UNKNOWN, "", ""
         request_id = _request_id(context)
+        log_request_id.set(request_id)
         context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
         peer = context.peer()  # not later: gRPC crashes when it is asked after the end of the call
         info: CallInfo | None = None
@@ -178,10 +181,10 @@ class RpcInterceptor(aio.ServerInterceptor):
             raise
         except Exception:  # noqa: BLE001 - the last line: nothing internal may leak to the caller
             _log.exception("request %s: %s failed unexpectedly", request_id, method)
-            code = grpc.StatusCode.INTERNAL
+            code, reason = grpc.StatusCode.INTERNAL, "INTERNAL"
             await _abort(context, internal_status(request_id), request_id)
         finally:
-            self._metrics.observe_rpc(method, code.name, time.perf_counter() - started)
+            self._observe(method, code, reason, time.perf_counter() - started, info)
             if method.removeprefix(_CONTROL) in _CHANGES or code in _DENIALS or (info is not None and info.is_denied):
                 self._audit.record(
                     info.principal if info else None,
@@ -194,6 +197,25 @@ class RpcInterceptor(aio.ServerInterceptor):
                     peer=peer,
                     key_id=key_id,
                 )
+
+    def _observe(self, method: str, code: grpc.StatusCode, reason: str, seconds: float, info: CallInfo | None) -> None:
+        """Count one RPC that ended, and have its line in the access log."""
+        self._metrics.observe_rpc(method, code.name, seconds)
+        if reason:
+            self._metrics.count_rejection(reason)
+        if wants_access(code.name):
+            principal = None if info is None else info.principal
+            more = fields(
+                method=method,
+                code=code.name,
+                reason=reason,
+                seconds=round(seconds, 6),
+                tenant=principal and principal.tenant,
+                principal=principal and principal.name,
+                adapter=info and info.target,
+                **({} if info is None else info.work),
+            )
+            access_log.info("rpc", extra=more)
 
 
 def _parsed(data: bytes, parse: Parse) -> Any:

@@ -17,7 +17,7 @@ from server.backend import BackendSlot, Engine, completion
 from server.deltas import DeltaHub, Piece
 from server.metrics import ServerMetrics
 from server.rpc.call import Call, Prepared, ReplyT, RequestT, Target
-from server.rpc.caller import require, resolve
+from server.rpc.caller import note_work, require, resolve
 from server.rpc.checks import Bounds, check_content, check_fits, check_routing, estimated_tokens
 from server.rpc.context import Context, remaining_seconds
 from server.rpc.turn import Flight, Turn
@@ -117,7 +117,9 @@ class InferencePath:
         call = turn.call.suiting(info)
         target = Target(turn.backend, info, info.card_for(call.task), self._bounds.max_new_tokens)
         prepared, tokenize_s = await self._in_pool("tokenize", lambda: call.prepare(turn.request, target))
-        turn.charge.settle_tokens(sum(sequence.num_tokens for sequence in prepared.sequences))
+        num_tokens = sum(sequence.num_tokens for sequence in prepared.sequences)
+        turn.charge.settle_tokens(num_tokens)
+        note_work(num_sequences=prepared.num_sequences, input_tokens=num_tokens)
         self._grow(turn, prepared)
         return turn.submit(info, call.task, prepared, tokenize_s, self._hub, self._metrics, keeps_text=keeps_text)
 
@@ -133,7 +135,13 @@ class InferencePath:
         reply.adapter = result.adapter.resource_name
         reply.version = result.adapter.version
         reply.digest = result.digest
-        reply.timings.CopyFrom(flight.timings(result, interpret_s, total_s=time.monotonic() - turn.arrived_s))
+        total_s = time.monotonic() - turn.arrived_s
+        self._metrics.observe_stage("total", total_s)
+        reply.timings.CopyFrom(flight.timings(result, interpret_s, total_s=total_s))
+        note_work(
+            generated_tokens=flight.num_generated,
+            **{stage.name: round(value, 6) for stage, value in reply.timings.ListFields()},
+        )
         return reply
 
     async def _in_pool(self, stage: str, work: Callable[[], T]) -> tuple[T, float]:

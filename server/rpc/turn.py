@@ -74,6 +74,11 @@ class Flight(Generic[ReplyT]):
         if self._generating is not None:
             self._generating.meter.finish(result)
 
+    @property
+    def num_generated(self) -> int:
+        """Tokens so far, of all its samples."""
+        return 0 if self._generating is None else self._generating.meter.num_tokens
+
     def leave(self, reason: FinishReason) -> None:
         """Nobody waits for it any more: the engine drops it when it forms its next batch. `reason`: if unfinished."""
         if not self._answer.done():

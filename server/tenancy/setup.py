@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 
-import grpc
-
 from lora_runtime.types import Request
 from server.metrics import ServerMetrics
 from server.settings import ServeSettings
@@ -15,7 +13,7 @@ from server.tenancy.auth_file import AuthFileError
 from server.tenancy.gate import Gate, PolicyShares
 from server.tenancy.limits import TenantLimits
 from server.tenancy.quota import QuotaExceeded
-from server.tenancy.tls import TlsError, server_credentials
+from server.tenancy.tls import ServerTls, TlsError, server_tls
 from server.tenancy.usage import UsageMeter
 from server.tenancy.usage_metrics import UsageMetrics
 
@@ -26,7 +24,9 @@ class Tenancy:
     def __init__(self, settings: ServeSettings, metrics: ServerMetrics) -> None:
         self._settings = settings
         self.gate = _open_gate(settings)
-        self.credentials = _credentials(settings)
+        tls = _tls(settings)
+        self.credentials = None if tls is None else tls.credentials
+        self.certificate_expires_unix_s = None if tls is None else tls.expires_unix_s
         self.audit = _open_audit(settings)
         self.meter = UsageMeter(_payer)
         self.shares = PolicyShares(lambda: self.gate.policy)
@@ -69,11 +69,11 @@ def _open_gate(settings: ServeSettings) -> Gate:
     return gate
 
 
-def _credentials(settings: ServeSettings) -> grpc.ServerCredentials | None:
+def _tls(settings: ServeSettings) -> ServerTls | None:
     if settings.tls_cert is None or settings.tls_key is None:
         return None
     try:
-        return server_credentials(
+        return server_tls(
             settings.tls_cert, settings.tls_key, settings.tls_client_ca, settings.tls_client_ca is not None
         )
     except TlsError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast
@@ -22,9 +23,23 @@ class TlsError(Exception):
     """Certificate, key or client CA cannot be used; the message names the file and the remedy."""
 
 
-def server_credentials(
-    cert: Path, key: Path, client_ca: Path | None = None, require_client_cert: bool = False
-) -> grpc.ServerCredentials:
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """What was read of the files."""
+
+    configuration: grpc.ServerCertificateConfiguration
+    expires_unix_s: float  # of the first certificate that ends
+
+
+@dataclass(frozen=True, slots=True)
+class ServerTls:
+    """Credentials, and when what they show expires."""
+
+    credentials: grpc.ServerCredentials
+    expires_unix_s: Callable[[], float]  # as the files are now
+
+
+def server_tls(cert: Path, key: Path, client_ca: Path | None = None, require_client_cert: bool = False) -> ServerTls:
     """Credentials of PEM files that follow them: connections opened after a change use the new ones.
 
     A change that cannot be used (such as half of a pair) keeps the old files and is logged. Raises TlsError now.
@@ -35,16 +50,28 @@ def server_credentials(
     paths = [path for path in (cert, key, client_ca) if path is not None]
     files = Reloading(paths, lambda: _load(cert, key, client_ca), _keep)
 
+    given = files.value
+
     def changed() -> grpc.ServerCertificateConfiguration | None:
         """Called by gRPC before each handshake, from its own threads; None: as before."""
-        return files.value if files.poll() else None
+        nonlocal given
+        files.poll()
+        if files.value is given:
+            return None
+        given = files.value
+        return given.configuration
+
+    def expires_unix_s() -> float:
+        files.poll()
+        return files.value.expires_unix_s
 
     # the stubs deny the None that gRPC's documentation allows
     fetcher = cast("Callable[[], grpc.ServerCertificateConfiguration]", changed)
-    return grpc.dynamic_ssl_server_credentials(files.value, fetcher, require_client_cert)
+    credentials = grpc.dynamic_ssl_server_credentials(given.configuration, fetcher, require_client_cert)
+    return ServerTls(credentials, expires_unix_s)
 
 
-def _load(cert: Path, key: Path, client_ca: Path | None) -> grpc.ServerCertificateConfiguration:
+def _load(cert: Path, key: Path, client_ca: Path | None) -> _Files:
     chain_pem, key_pem = _read(cert), _read(key)
     chain = _certificates(cert, chain_pem)
     _require_pair(cert, chain[0], key, key_pem)
@@ -54,7 +81,8 @@ def _load(cert: Path, key: Path, client_ca: Path | None) -> grpc.ServerCertifica
     if client_ca is not None:
         roots = _read(client_ca)
         _certificates(client_ca, roots)
-    return grpc.ssl_server_certificate_configuration([(key_pem, chain_pem)], roots)
+    configuration = grpc.ssl_server_certificate_configuration([(key_pem, chain_pem)], roots)
+    return _Files(configuration, min(one.not_valid_after_utc.timestamp() for one in chain))
 
 
 def _read(path: Path) -> bytes:

@@ -55,7 +55,7 @@ class UsageEntry:
     counts: UsageCounts  # a copy
 
 
-class TenantTotals(NamedTuple):  # made for every tenant at every scrape
+class TenantTotals(NamedTuple):  # made for every active tenant at every scrape
     """Over all adapters of one tenant."""
 
     requests_ok: int
@@ -108,6 +108,7 @@ class UsageMeter(EngineObserver):
         self._max_entries = max_entries  # tenants, and adapters of all of them together
         self._lock = threading.Lock()
         self._tenants: dict[str, _Tenant] = {}
+        self._active: dict[str, _Tenant] = {}  # since `take_active` was called last
         self._num_adapters = 0
         self._answered: list[_Answered] = []
 
@@ -145,12 +146,15 @@ class UsageMeter(EngineObserver):
             names = sorted(self._tenants) if tenant is None else [name for name in (tenant,) if name in self._tenants]
         return [entry for name in names for entry in self._entries(name)]
 
-    def totals(self) -> dict[str, TenantTotals]:
-        """Per tenant, OTHER_TENANTS included; at most `max_entries` and one."""
+    def take_active(self) -> dict[str, TenantTotals]:
+        """Totals of those that asked since the last call, OTHER_TENANTS included; at most `max_entries` and one.
+
+        For one reader: with thousands of tenants that are idle, what is new is far less than what there is.
+        """
         with self._lock:
-            tenants = list(self._tenants.items())
+            active, self._active = self._active, {}
         totals: dict[str, TenantTotals] = {}
-        for name, tenant in tenants:
+        for name, tenant in active.items():
             with self._lock:
                 totals[name] = TenantTotals(tenant.requests_ok, tenant.requests_failed, tenant.tokens)
         return totals
@@ -167,7 +171,8 @@ class UsageMeter(EngineObserver):
     def _tenant(self, name: str) -> _Tenant:
         if name not in self._tenants and len(self._tenants) >= self._max_entries:
             name = OTHER_TENANTS
-        return self._tenants.setdefault(name, _Tenant())
+        tenant = self._active[name] = self._tenants.setdefault(name, _Tenant())
+        return tenant
 
     def _counts(self, tenant: _Tenant, adapter: AdapterId) -> UsageCounts:
         if adapter in tenant.adapters:

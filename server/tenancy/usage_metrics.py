@@ -11,11 +11,9 @@ import threading
 from collections import Counter as Tally
 from collections.abc import Iterator
 
-from prometheus_client import Counter
-from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
-from server.metrics import Series
+from server.metrics.collect import Family, family
 from server.tenancy.usage import OTHER_TENANTS, TenantTotals, UsageMeter
 
 OTHER = "other"  # a tenant of this name has no series of its own
@@ -29,17 +27,9 @@ REQUESTS = "multilora_tenant_requests_total"
 TOKENS = "multilora_tenant_tokens_total"
 REJECTIONS = "multilora_tenant_rejections_total"
 
-SERIES: dict[str, Series] = {
-    REQUESTS: Series(
-        Counter, "Requests that the engine finished, by tenant and outcome: ok or error.", ("tenant", "outcome")
-    ),
-    TOKENS: Series(Counter, "Input tokens of answered requests, by tenant.", ("tenant",)),
-    REJECTIONS: Series(
-        Counter, "Requests refused by a limit of their tenant, by tenant and limit.", ("tenant", "quota")
-    ),
-}
+NAMES = (REQUESTS, TOKENS, REJECTIONS)
 
-_Key = tuple[str, tuple[str, ...]]  # a name in SERIES, and the labels' values, the tenant first
+_Key = tuple[str, tuple[str, ...]]  # a name in NAMES, and the labels' values, the tenant first
 
 
 class UsageMetrics(Collector):
@@ -61,15 +51,16 @@ class UsageMetrics(Collector):
             key = (OTHER, quota) if full and (tenant, quota) not in self._rejections else (tenant, quota)
             self._rejections[key] += 1
 
-    def describe(self) -> Iterator[CounterMetricFamily]:
+    def describe(self) -> Iterator[Family]:
         """Names only: registering reads nothing."""
         return iter(self._families().values())
 
-    def collect(self) -> Iterator[CounterMetricFamily]:
+    def collect(self) -> Iterator[Family]:
         families = self._families()
         with self._lock:
             news = self._news()
-            self._show_busiest()
+            if news and len(self._shown) < _MAX_SHOWN:
+                self._show_busiest()
             for (name, (tenant, *labels)), amount in news.items():
                 label = tenant if tenant in self._shown else OTHER
                 if amount:
@@ -81,14 +72,14 @@ class UsageMetrics(Collector):
     def _news(self) -> Tally[_Key]:
         """What happened since the last scrape, by tenant."""
         news: Tally[_Key] = Tally()
-        totals = self._meter.totals()
+        totals = self._meter.take_active()
         for tenant, now in totals.items():
             before = self._counted.get(tenant, _NOTHING)
             if now != before:
                 news[REQUESTS, (tenant, "ok")] = now.requests_ok - before.requests_ok
                 news[REQUESTS, (tenant, "error")] = now.requests_failed - before.requests_failed
                 news[TOKENS, (tenant,)] = now.tokens - before.tokens
-        self._counted = totals
+        self._counted |= totals
         for (tenant, quota), number in self._rejections.items():
             news[REJECTIONS, (tenant, quota)] = number
         self._rejections.clear()
@@ -105,5 +96,5 @@ class UsageMetrics(Collector):
                 self._shown.add(tenant)
 
     @staticmethod
-    def _families() -> dict[str, CounterMetricFamily]:
-        return {name: CounterMetricFamily(name, series.help, labels=series.labels) for name, series in SERIES.items()}
+    def _families() -> dict[str, Family]:
+        return {name: family(name) for name in NAMES}

@@ -1,6 +1,7 @@
 """Writes the README's tables: `python -m tests.benchmarks.render`.
 
-Figures come from the committed result files, the variants from the code's registry, the families from the tests.
+Figures come from the committed result files, the variants from the code's registry, the families from the tests, the
+metrics from the table in which they are declared.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from lora_runtime.adapters.variants import support_table
 from tests.benchmarks.adapters_table import adapters_table
 from tests.benchmarks.generate_table import generate_table
 from tests.benchmarks.kernels_table import kernels_table
+from tests.benchmarks.metrics_table import metrics_table
 from tests.benchmarks.quantized_table import quantized_table
 from tests.benchmarks.runner_table import runner_table
 from tests.benchmarks.tenants_table import tenants_table
@@ -76,7 +78,7 @@ def variants_table() -> str:
     return support_table().rstrip("\n") + "\n"
 
 
-_TABLES = {"variants": variants_table, "families": families_table}
+_TABLES = {"variants": variants_table, "families": families_table, "metrics": metrics_table}
 
 
 def _result(name: str) -> str:

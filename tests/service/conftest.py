@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
-from socketserver import BaseServer
 
 import pytest
 
 from tests.service.fake_runtime import write_adapter
 from tests.service.harness import Harness, running
-
-
-@pytest.fixture(scope="session", autouse=True)
-def quick_shutdown() -> Iterator[None]:
-    """The server of /metrics looks only every half second whether it is to stop, which every test would wait for."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(BaseServer.serve_forever, "__defaults__", (0.01,))
-        yield
 
 
 @pytest.fixture

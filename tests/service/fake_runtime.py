@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from lora_runtime.adapters.sources.api import Origin
 from lora_runtime.catalogue import Catalogue
 from lora_runtime.decoding import GenerationStats
+from lora_runtime.engine_stats import EngineStats
 from lora_runtime.errors import (
     AdapterFailed,
     AdapterInUse,
@@ -88,6 +89,8 @@ class FakeEngine:
         self.answer: Callable[[Request], Result] = self._answer
         self.steps: threading.Semaphore | None = None
         self.kv_stats: GenerationStats | None = None
+        self.num_waiting = 0
+        self.turned_at: float | None = None  # None: it turns
         self.fault: Callable[[Request], MultiloraError | None] = lambda _: (
             None
         )  # of a request that generates, at a step
@@ -108,6 +111,10 @@ class FakeEngine:
 
     def use_shares(self, shares: Shares) -> None:
         self.shares = shares
+
+    def stats(self) -> EngineStats:
+        turned_at = time.monotonic() if self.turned_at is None else self.turned_at
+        return EngineStats(turned_at, self.num_waiting, len(self._generating))
 
     def generation_stats(self) -> GenerationStats | None:
         return self.kv_stats

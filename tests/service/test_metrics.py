@@ -9,11 +9,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from lora_runtime.decoding import GenerationStats
 from lora_runtime.kv_blocks import BlockStats
 from lora_runtime.types import RunnerStats
-from server.kv_metrics import HELP as KV_HELP
-from server.metrics import SERIES
+from server.metrics.series import SERIES, Kind, Page
 from server.pb.multilora.v1 import adapters_pb2
-from server.runner_metrics import HELP as RUNNER_HELP
-from server.tenancy.usage_metrics import SERIES as TENANT_SERIES
 from tests.service.fake_runtime import RESIDENT_BYTES
 from tests.service.harness import Harness, classify_request, failure_of
 
@@ -61,13 +58,18 @@ async def test_every_series_is_declared_documented_and_well_named(server: Harnes
     text = await server.metrics()
     families = {family.name: family for family in text_string_to_metric_families(text)}
     ours = {name for name in families if name.startswith("multilora_")}
-    declared = {name: series.help for name, series in {**SERIES, **TENANT_SERIES}.items()} | RUNNER_HELP | KV_HELP
+    declared = {name: series for name, series in SERIES.items() if series.page is not Page.ROUTER}
     assert ours == {name.removesuffix("_total") for name in declared}
-    for name, text_of_it in declared.items():
+    for name, series in declared.items():
+        family = families[name.removesuffix("_total")]
         assert re.fullmatch(r"multilora_[a-z_]+", name)
-        assert text_of_it.endswith(".")
-        assert families[name.removesuffix("_total")].documentation == text_of_it
-    assert "adapter=" not in text, "no series has a label per adapter"
+        assert series.help.endswith(".")
+        assert (family.documentation, family.type) == (series.help, series.kind)
+        assert name.endswith("_total") == (series.kind is Kind.COUNTER)
+        assert bool(series.buckets) == (series.kind is Kind.HISTOGRAM)
+        assert series.unit not in ("seconds", "bytes", "ratio") or f"_{series.unit}" in name
+        if series.kind is Kind.HISTOGRAM:
+            assert not {"adapter", "tenant"} & {*series.labels}
     assert "_created" not in text
     assert "process_resident_memory_bytes" in text
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +18,7 @@ from lora_runtime.adapters.checkpoint import read_planned
 from lora_runtime.arena import RankArena, SlotTable
 from lora_runtime.engine import Engine
 from lora_runtime.engine_settings import EngineSettings
+from lora_runtime.engine_stats import engine_stats
 from lora_runtime.errors import (
     AdapterAlreadyExists,
     AdapterFailed,
@@ -30,6 +32,7 @@ from lora_runtime.errors import (
     RequestCancelled,
 )
 from lora_runtime.observers import EngineObserver
+from lora_runtime.scheduler import Scheduler
 from lora_runtime.types import (
     AdapterId,
     AdapterState,
@@ -118,6 +121,45 @@ def test_a_request_loads_its_adapter_on_first_use_and_is_answered_by_it(make: Ca
     assert result.card.labels == ("LABEL_0", "LABEL_1")
     assert result.timings.load_wait_s > 0
     assert rig.engine.submit(rig.request(2)).result(5).timings.load_wait_s == 0
+
+
+def test_what_waits_and_runs_is_told_while_a_batch_runs_and_a_stuck_loop_shows(make: Callable[..., Rig]) -> None:
+    rig = make()
+    rig.engine.load(adapter_id(0)).result(5)
+    rig.runner.gate.clear()
+    running = rig.engine.submit(rig.request(0))
+    until(lambda: rig.engine.stats().num_running == 1)
+    turned_at = rig.engine.stats().turned_at
+    time.sleep(0.15)  # three turns of an idle loop
+    assert rig.engine.stats().turned_at == turned_at, "the loop is in a batch that does not end"
+    waiting = rig.engine.submit(rig.request(0, (3, 4)))
+    rig.runner.gate.set()
+    running.result(5)
+    waiting.result(5)
+    until(lambda: rig.engine.stats().turned_at > turned_at)
+    stats = rig.engine.stats()
+    assert (stats.num_waiting, stats.num_running, stats.num_queued_sequences, stats.num_queued_tokens) == (0, 0, 0, 0)
+
+
+def test_requests_for_an_adapter_that_loads_are_waiting(make: Callable[..., Rig]) -> None:
+    rig = make(num_adapters=1)
+    stats = engine_stats(queue_of(rig.request(0, (3, 4)), rig.request(0)), turned_at=1.0)
+    assert (stats.num_waiting, stats.num_running) == (2, 0)
+    assert (stats.num_queued_sequences, stats.num_queued_tokens) == (3, 10)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def queue_of(*requests: Request) -> Scheduler:
+    scheduler = Scheduler(256, 256)
+    for request in requests:
+        scheduler.add(request, Future(), 0.0)
+    return scheduler
 
 
 def test_adapters_are_mixed_in_one_batch_with_rows_of_one_adapter_adjacent(make: Callable[..., Rig]) -> None:

@@ -26,6 +26,7 @@ from lora_runtime.errors import (
     LoadCancelled,
     SourceUnavailable,
 )
+from lora_runtime.observers import EngineObserver
 from lora_runtime.shares import Shares
 from lora_runtime.types import AdapterId, AdapterState, Alias, Request, Task, TokenSequence
 from tests.fakes import FakeRunner, fake_spec
@@ -250,6 +251,25 @@ def test_with_a_second_tier_an_evicted_adapter_comes_back_without_its_files(make
     assert rig.state(0) is AdapterState.REGISTERED
     with pytest.raises(AdapterFailed, match=r"adapter_model\.safetensors"):
         rig.ask(0)
+
+
+def test_observers_are_told_who_made_room_and_not_who_was_unloaded(make: Callable[..., Rig]) -> None:
+    told: list[tuple[int, str]] = []
+
+    class Evictions(EngineObserver):
+        def on_evicted(self, adapter: AdapterId, tier: str) -> None:
+            told.append((int(adapter.name[1:]), tier))
+
+    rig = make(arena_bytes=2 * 320, host_bytes=3 * 320)
+    rig.engine.add_observer(Evictions())
+    for number in range(4):
+        rig.add(number)
+        rig.ask(number)
+        rig.engine.check_integrity()
+    assert [tier for _, tier in told] == ["device", "host", "device"]
+    assert all(rig.state(number) is not AdapterState.READY for number, _ in told)
+    rig.engine.unload(adapter_id(3)).result(5)
+    assert len(told) == 3
 
 
 def test_with_a_second_tier_more_adapters_than_it_holds_are_all_answered(make: Callable[..., Rig]) -> None:

@@ -10,7 +10,7 @@ import pytest
 import trustme
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, PrivateFormat
 
-from server.tenancy.tls import TlsError, server_credentials
+from server.tenancy.tls import TlsError, server_tls
 from tests.unit.tenancy_certificates import client_certificate, serving, whoami, write_server_certificate
 from tests.unit.tenancy_tokens import rsa_key
 
@@ -46,7 +46,7 @@ def test_files_that_cannot_be_used_are_named(folder: Path) -> None:
     ]
     for arguments, message in cases:
         with pytest.raises(TlsError, match=message):
-            server_credentials(*arguments)
+            server_tls(*arguments)
 
 
 async def test_a_renewed_certificate_is_served_without_a_restart(
@@ -55,7 +55,7 @@ async def test_a_renewed_certificate_is_served_without_a_restart(
     next_ca = trustme.CA()
     (folder / "next").mkdir()
     write_server_certificate(next_ca, folder / "next")
-    async with serving(server_credentials(folder / "cert.pem", folder / "key.pem"), lambda _: "ok") as port:
+    async with serving(server_tls(folder / "cert.pem", folder / "key.pem").credentials, lambda _: "ok") as port:
         assert await whoami(port, ca) == "ok"
         assert await whoami(port, next_ca) == "UNAVAILABLE"
         with caplog.at_level(logging.ERROR):
@@ -79,7 +79,7 @@ async def test_no_call_fails_while_certificates_change_under_load(folder: Path, 
         while not stop.is_set():
             answers.append(await whoami(port, ca))
 
-    async with serving(server_credentials(folder / "cert.pem", folder / "key.pem"), lambda _: "ok") as port:
+    async with serving(server_tls(folder / "cert.pem", folder / "key.pem").credentials, lambda _: "ok") as port:
         callers = [asyncio.create_task(call(port)) for _ in range(4)]
         for _ in range(10):
             write_server_certificate(ca, folder / "next")
@@ -94,7 +94,7 @@ async def test_no_call_fails_while_certificates_change_under_load(folder: Path, 
 
 async def test_a_new_client_ca_takes_over(folder: Path, ca: trustme.CA) -> None:
     next_ca = trustme.CA()
-    credentials = server_credentials(folder / "cert.pem", folder / "key.pem", folder / "ca.pem", True)
+    credentials = server_tls(folder / "cert.pem", folder / "key.pem", folder / "ca.pem", True).credentials
     async with serving(credentials, lambda _: "ok") as port:
         old, new = client_certificate(ca, "acme"), client_certificate(next_ca, "acme")
         assert (await whoami(port, ca, old), await whoami(port, ca, new)) == ("ok", "UNAVAILABLE")
@@ -108,5 +108,5 @@ async def test_an_expired_certificate_is_warned_about(
     key, cert = client_certificate(ca, "localhost", expired=True)
     (folder / "key.pem").write_bytes(key)
     (folder / "cert.pem").write_bytes(cert)
-    server_credentials(folder / "cert.pem", folder / "key.pem")
+    server_tls(folder / "cert.pem", folder / "key.pem")
     assert "cert.pem: has expired" in caplog.text

@@ -13,7 +13,8 @@ from lora_runtime.adapters.sources.fetch import Fetcher
 from server.backend import Backend, BackendSlot
 from server.control.events import EventLog, EventObserver
 from server.control.setup import Control
-from server.metrics import EngineMetrics, ServerMetrics
+from server.metrics import ServerMetrics
+from server.metrics.engine_metrics import EngineMetrics
 from server.settings import ServeSettings
 from server.startup import load_runtime
 
