@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
 from lora_runtime.catalogue import Catalogue
-from lora_runtime.errors import AdapterNotFound, AliasNotFound, EngineStopped
+from lora_runtime.errors import AdapterNotFound, AliasNotFound, EngineStopped, InvalidRequest
 from lora_runtime.types import AdapterCard, AdapterId, AdapterInfo, AdapterState
 from server.backend import BackendSlot, ServerStarting
 from server.pb.open_inference import grpc_service_pb2 as pb
@@ -119,8 +119,10 @@ class OpenInferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
     ) -> pb.RepositoryIndexResponse:
         del context
         require(Role.INFER, Role.ADAPTERS)
-        with fields_renamed():
+        try:
             tenant = tenant_filter(request.repository_name)
+        except InvalidRequest as error:
+            raise error.at("repository_name") from error
         return await asyncio.to_thread(repository.index, self._catalogue, tenant, only_ready=request.ready)
 
     async def RepositoryModelLoad(  # noqa: N802
