@@ -256,7 +256,7 @@ async def test_a_wrong_field_is_named(server: Harness, request_: pb.ModelInferRe
         (infer("people", {"text_input": ["a"], "text_pair": ["b"]}), "inputs.text_pair"),
         (infer("reader", {"question": ["who"], "context": [""]}), "inputs.context[0]"),
         (infer("reader", {"question": ["who"]}), "inputs"),
-        (infer("reader", {"question": ["who"], "context": ["a"]}, no_answer_threshold=1), "parameters.no_answer_threshold"),
+        (infer("reader", {"question": ["q"], "context": ["a"]}, doc_stride=-1), "parameters.doc_stride"),
         (infer("vectors", {"text_input": ["a"]}, pooling="max"), "parameters.pooling"),
         (infer("writer", {"text_input": ["a", ""]}), "inputs.text_input[1]"),
         (infer("writer", {"text_input": ["a" * 64]}), "inputs.text_input[0]"),
