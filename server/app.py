@@ -177,6 +177,8 @@ class App:
     async def close(self) -> None:
         """Report NOT_SERVING, give requests in flight `grace` seconds, then stop. Safe at any stage."""
         await self._health.drain()
+        if self._open_inference is not None:
+            self._open_inference.drain()
         if self._server is not None:
             if self._backend is not None:
                 await asyncio.sleep(self._settings.drain_delay)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
+from lora_runtime.errors import InvalidRequest
+from lora_runtime.types import Task
 from server.pb.multilora.v1 import adapters_pb2
 from server.pb.open_inference import grpc_service_pb2 as pb
+from server.rpc.open_inference.dialects import dialect_for, main_dialect
 from server.tenancy.model import Role
-from tests.service.fake_runtime import write_adapter
+from tests.service.fake_runtime import BASE, write_adapter
 from tests.service.harness import Harness, failure_of, running
 from tests.service.open_inference import infer, stub_of, tensors
 from tests.service.tenants import Door, guarded, make_door
@@ -86,6 +91,29 @@ async def test_labels_are_told_in_the_order_of_scores(server: Harness) -> None:
     config = (await stub_of(server).ModelConfig(pb.ModelConfigRequest(name="topics"))).config
     assert json.loads(config.parameters["labels"].string_value) == ["art", "law", "sport", "tech"]
     assert config.parameters["task"].string_value == "classify"
+
+
+def test_a_base_that_generates_is_a_model_that_does_and_embeds_when_asked() -> None:
+    assert BASE.card is not None
+    card = replace(BASE.card, second_task=Task.GENERATE)
+    assert main_dialect(card).task is dialect_for(card, ()).task is Task.GENERATE
+    assert dialect_for(card, ("embedding",)).task is Task.EMBED
+    for mixed in (("embedding", "text_output"), ("text_output", "embedding")):
+        with pytest.raises(InvalidRequest) as caught:
+            dialect_for(card, mixed)
+        assert caught.value.field == "outputs.embedding"
+
+
+async def test_a_server_that_drains_is_not_ready(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "root" / "spam", labels=["ham", "spam"])
+    async with running(tmp_path / "root", drain_delay=0.5) as server:
+        stub = stub_of(server)
+        assert (await stub.ServerReady(pb.ServerReadyRequest())).ready
+        server.stop.set()
+        async with asyncio.timeout(5):
+            while (await stub.ServerReady(pb.ServerReadyRequest())).ready:
+                await asyncio.sleep(0.01)
+        assert tensors(await stub.ModelInfer(infer("spam", {"text_input": ["one"]})))["label"]
 
 
 async def test_a_template_s_fields_are_tensors(tmp_path: Path) -> None:

@@ -40,7 +40,12 @@ class OpenInferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
         self._meter = meter
         self._max_inputs = max_inputs
         self._inferring = Inferring(path, slot, max_inputs)
+        self._is_draining = False
         self._stopping = asyncio.Event()
+
+    def drain(self) -> None:
+        """Not ready any more; what comes is still answered."""
+        self._is_draining = True
 
     def close(self) -> None:
         """Streams end once what was asked on them is answered."""
@@ -58,7 +63,7 @@ class OpenInferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
             self._slot.get()
         except (ServerStarting, EngineStopped):
             return pb.ServerReadyResponse(ready=False)
-        return pb.ServerReadyResponse(ready=not self._stopping.is_set())
+        return pb.ServerReadyResponse(ready=not self._is_draining)
 
     async def ModelReady(self, request: pb.ModelReadyRequest, context: Context) -> pb.ModelReadyResponse:  # noqa: N802
         del context
