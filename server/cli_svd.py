@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from lora_runtime.errors import MultiloraError
 from lora_runtime.types import Task
+from server.train_cli.publishing import publishes
 
 extract_app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 compress_app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
@@ -71,6 +72,7 @@ _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an adapte
 
 
 @extract_app.command(no_args_is_help=True)
+@publishes
 def extract(
     base: Annotated[Path, typer.Option(metavar="FOLDER", help="The model that the fine-tuning began from.")],
     tuned: Annotated[Path, typer.Option(metavar="FOLDER", help="The fully fine-tuned model.")],
@@ -124,6 +126,7 @@ def extract(
 
 
 @compress_app.command(no_args_is_help=True)
+@publishes
 def compress(
     adapter: Annotated[Path, typer.Option(metavar="FOLDER", help="The adapter to compress; it is not changed.")],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="The adapter folder to write.")],

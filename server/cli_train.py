@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from lora_runtime.errors import InvalidRequest
+from lora_runtime.train.private.settings import Privacy
 from lora_runtime.train.rows.answer import AnswerSchema
 from lora_runtime.train.rows.classify import ClassifySchema
 from lora_runtime.train.rows.embed import EmbedSchema
@@ -37,6 +38,10 @@ train_app = typer.Typer(
 
 def _data(text: str, *flags: str, metavar: str | None = None, shown: bool | str = True) -> Any:
     return typer.Option(*flags, help=text, metavar=metavar, show_default=shown, rich_help_panel=DATA)
+
+
+def _privacy(text: str, *flags: str) -> Any:
+    return typer.Option(*flags, help=text, rich_help_panel="Private training")
 
 
 class ProblemName(StrEnum):
@@ -71,6 +76,23 @@ def classify(
     label_column: Annotated[str, _data("The label, or the number to predict.")] = "label",
     problem_type: Annotated[ProblemName, _data("What the labels are.")] = ProblemName.SINGLE_LABEL,
     separator: Annotated[str, _data("What joins the labels of a multi-label row.")] = "|",
+    private: Annotated[
+        bool,
+        _privacy(
+            "Train with differential privacy (DP-SGD, Opacus): the weights tell little of any one training row. The"
+            " base, the labels' names and the number of rows count as public; metrics of the validation rows, and the"
+            " choice of the best pass by them, are not covered.",
+            "--private",
+        ),
+    ] = False,
+    epsilon: Annotated[float | None, _privacy("How little, at most; the noise follows. Or --noise-multiplier.")] = None,
+    noise_multiplier: Annotated[
+        float | None, _privacy("Noise over the norm that gradients are cut to; ε follows.")
+    ] = None,
+    max_grad_norm: Annotated[float, _privacy("The norm that the gradient of a row is cut to.")] = 1.0,
+    delta: Annotated[
+        float | None, _privacy("The probability that ε does not hold. Default: 1 / (10 · training rows).")
+    ] = None,
 ) -> TaskOptions:
     """Fine-tune a text classifier, and write its adapter folder.
 
@@ -79,7 +101,12 @@ def classify(
     when training has succeeded, never before.
     """
     kind = ProblemType[problem_type.name]
-    return ClassifyOptions(ClassifySchema(text_column, pair_column, label_column, kind, separator))
+    privacy = Privacy(epsilon, noise_multiplier, max_grad_norm, delta) if private else None
+    given = {"epsilon": epsilon, "noise_multiplier": noise_multiplier, "delta": delta}
+    for name, value in given.items():
+        if value is not None and not private:
+            raise InvalidRequest(name, "has no meaning without private")
+    return ClassifyOptions(ClassifySchema(text_column, pair_column, label_column, kind, separator), privacy)
 
 
 @trains(train_app, "classify-tokens")

@@ -12,6 +12,7 @@
     fitting.py watcher.py the transformers Trainer, and its events as reports; the best pass's weights
     checkpoints.py        what an interrupted run goes on from
     folder.py             the adapter folder of what was trained; `adapters/writing.py` stages and publishes it
+    search/  private/     hyper-parameter search; differential privacy
     reporting.py report/  report.md and report.png beside the adapter
 
 Needs the extra `multilora[train]` for all but settings, progress, rows, metrics and the tasks' options.

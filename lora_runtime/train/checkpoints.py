@@ -96,7 +96,7 @@ def run_folder(run: RunSettings, *, is_first: bool) -> Generator[RunFolder]:
     _check_resumption(run, path)
     path.mkdir(parents=True, exist_ok=True)
     with (path / _LOCK_FILE).open("w") as lock:
-        _take(lock.fileno(), run.out)
+        take_lock(lock.fileno(), run.out)
         if not run.resume:
             _empty(path)
         keeps = False
@@ -122,7 +122,8 @@ def _check_resumption(run: RunSettings, path: Path) -> None:
         raise InvalidRequest("out", f"{message}; go on with resume, or start over with overwrite")
 
 
-def _take(lock: int, out: Path) -> None:
+def take_lock(lock: int, out: Path) -> None:
+    """Lock an open file for whoever writes `out`; raises InvalidRequest on `out` when somebody else has it."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -22,6 +22,9 @@ from lora_runtime.train.optimizers import (
     PlateauWarmUp,
     make_optimizer,
 )
+from lora_runtime.train.private.accounting import plan_privacy, spent_privacy
+from lora_runtime.train.private.settings import PrivacyBudget
+from lora_runtime.train.private.trainer import PrivateSteps
 from lora_runtime.train.processes import Process
 from lora_runtime.train.progress import EvalReport, TrainObserver
 from lora_runtime.train.settings import Precision, Schedule, TrainSettings
@@ -41,6 +44,7 @@ class Fitted:
     step_losses: tuple[float, ...]
     predictions: tuple[Array, Array]  # of the best pass, and the labels of its rows
     stopped_early: bool
+    privacy: PrivacyBudget | None  # of the steps taken
 
 
 def steps_per_epoch(num_rows: int, settings: TrainSettings, process: Process) -> int:
@@ -81,7 +85,8 @@ class Fitting:
         def collate(rows: list[dict[str, Any]]) -> Batch:
             return task.collate(base, rows)
 
-        self._trainer = _TaskTrainer(
+        kind = _TaskTrainer if settings.privacy is None else _PrivateTrainer
+        self._trainer = kind(
             task,
             self._watcher,
             model=adapter.model,
@@ -93,6 +98,10 @@ class Fitting:
             callbacks=_callbacks(settings, process, self._watcher),
             optimizers=(make_optimizer(adapter, settings.optim), None),
         )
+        self.privacy = None
+        if isinstance(self._trainer, _PrivateTrainer) and settings.privacy is not None:
+            self.privacy = plan_privacy(settings.privacy, len(encoded.train.rows), epoch, settings.optim.epochs)
+            self._trainer.make_private(self.privacy)
         self._task = task
         self._base = base
         self._valid: Any = encoded.valid.rows  # a list has all that the Trainer asks of a data set
@@ -127,9 +136,9 @@ class Fitting:
             watcher.best_predictions = watcher.last_predictions
         assert watcher.best_predictions is not None
         history = watcher.history
-        return Fitted(
-            tuple(history.passes), best, tuple(history.step_losses), watcher.best_predictions, watcher.stopped_early
-        )
+        spent = None if self.privacy is None else spent_privacy(self.privacy, len(history.step_losses))
+        passes, losses = tuple(history.passes), tuple(history.step_losses)
+        return Fitted(passes, best, losses, watcher.best_predictions, watcher.stopped_early, spent)
 
     def _score(self, prediction: EvalPrediction) -> dict[str, float]:
         predictions, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
@@ -186,6 +195,10 @@ class _TaskTrainer(Trainer):
     @property
     def _bare(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model)
+
+
+class _PrivateTrainer(PrivateSteps, _TaskTrainer):
+    """The task's, with private steps."""
 
 
 def _arguments(

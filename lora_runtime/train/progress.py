@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from lora_runtime.train.private.settings import PrivacyBudget
 from lora_runtime.types import ProblemType, Task
 
 
@@ -29,6 +30,7 @@ class TrainPlan:
     selection: str  # the metric that the best pass is chosen by
     device: str
     num_processes: int = 1
+    privacy: PrivacyBudget | None = None  # of all steps, where training is private
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,7 @@ class TrainReport:
     step_losses: tuple[float, ...]  # of every optimizer step
     seconds: float  # loading and writing included
     stopped_early: bool = False  # by `patience`
+    privacy: PrivacyBudget | None = None  # of the steps that were taken
 
 
 class TrainObserver(Protocol):

@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 
 from lora_runtime.train.fitting import Fitted
+from lora_runtime.train.private.report import privacy_section
 from lora_runtime.train.progress import EvalReport, TrainPlan
 from lora_runtime.train.report.run import HistoryPoint, RunReport
 from lora_runtime.train.settings import TrainSettings
@@ -14,7 +15,7 @@ from lora_runtime.train.task_base import TaskBase
 from lora_runtime.train.tasks.api import TrainTask
 
 _PACKAGES = ("multilora", "torch", "transformers", "peft")
-_ELSEWHERE = frozenset({"base", "kind", "schema"})  # said by the report's other parts, or of no interest
+_ELSEWHERE = frozenset({"base", "kind", "schema", "privacy"})  # said by the report's other parts, or of no interest
 
 
 def run_report(
@@ -43,7 +44,8 @@ def run_report(
         versions=_versions(),
         label_scores=task.label_scores(predictions, labels),
         confusion=task.confusion(predictions, labels),
-        examples=task.examples(base, predictions, labels),
+        examples=() if fitted.privacy is not None else task.examples(base, predictions, labels),  # they are rows
+        sections={} if fitted.privacy is None else {"Privacy": privacy_section(fitted.privacy)},
     )
 
 

@@ -23,6 +23,7 @@ from lora_runtime.train.checkpoints import RunFolder, run_folder
 from lora_runtime.train.fitting import Fitted, Fitting
 from lora_runtime.train.folder import write_adapter
 from lora_runtime.train.lora import add_lora, initialise_by_data, num_trainable
+from lora_runtime.train.private.checks import check_private
 from lora_runtime.train.processes import Process, device_of, this_process, wait_for_all
 from lora_runtime.train.progress import SilentObserver, TrainObserver, TrainPlan, TrainReport
 from lora_runtime.train.quantized import check_quantisation
@@ -38,8 +39,8 @@ def train(settings: TrainSettings, observer: TrainObserver | None = None) -> Tra
     """Train one adapter and write its folder: adapter_config.json, adapter_model.safetensors, multilora.json, a report.
 
     The folder appears at once, with the weights of the best pass, or not at all. The same settings, files, versions
-    and number of threads give the same bytes. Raises TrainingDataInvalid, BaseModelUnsupported, or InvalidRequest
-    whose field is that of `settings`; what the observer raises passes through.
+    and number of threads give the same bytes, unless training is private. Raises TrainingDataInvalid,
+    BaseModelUnsupported, or InvalidRequest whose field is that of `settings`; what the observer raises passes through.
     """
     started = time.monotonic()
     process = this_process()
@@ -47,6 +48,7 @@ def train(settings: TrainSettings, observer: TrainObserver | None = None) -> Tra
         observer = None
     device = device_of(settings.optim.device, process)
     check_quantisation(settings.optim.quantize, device)
+    check_private(settings, process)
     _check_tensorboard(settings.run.tensorboard)
     run = settings.run
     staging = staged_folder(run.out, overwrite=run.overwrite) if process.is_first else nullcontext()
@@ -66,6 +68,7 @@ def train(settings: TrainSettings, observer: TrainObserver | None = None) -> Tra
         fitted.step_losses,
         time.monotonic() - started,
         fitted.stopped_early,
+        fitted.privacy,
     )
 
 
@@ -175,6 +178,7 @@ class _Run:
             selection=task.selection[0],
             device=str(self._device),
             num_processes=self._process.count,
+            privacy=fitting.privacy,
         )
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_runtime.errors import InvalidRequest
-from lora_runtime.train.tasks.options import TaskOptions
+from lora_runtime.train.private.settings import Privacy
+from lora_runtime.train.tasks.options import ClassifyOptions, TaskOptions
 
 MIN_MAX_LENGTH = 8  # special tokens of a pair and a few of the texts
 MAX_RANK = 256
@@ -187,6 +188,11 @@ class TrainSettings:
         if self.optim.quantize is not BaseBits.NONE and self.lora.init in CHANGES_BASE:
             message = f"{self.lora.init} changes the base's weights, which {self.optim.quantize} has rounded"
             raise InvalidRequest("init", f"{message}; choose default or eva, or keep the base whole")
+
+    @property
+    def privacy(self) -> Privacy | None:
+        """Of a classifier that is trained privately."""
+        return self.task.privacy if isinstance(self.task, ClassifyOptions) else None
 
     @property
     def base_name(self) -> str:

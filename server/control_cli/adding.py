@@ -50,14 +50,24 @@ def upload(
 ) -> None:
     """Send an adapter's folder to the server and register it; pickles are never sent."""
     with connect("upload", server, timeout) as client:
-        selection = sending.select_files(folder)
-        output.note(f"sending {', '.join(selection.sent)}")
-        if selection.skipped:
-            more = len(selection.skipped) - _MAX_SKIPPED
-            skipped = ", ".join(selection.skipped[:_MAX_SKIPPED]) + (f", and {more} more" if more > 0 else "")
-            output.note(f"skipped {skipped}: no files of an adapter")
-        header = adapters_pb2.UploadHeader(name=name, version=version, request_id=str(uuid4()))
-        _finish(client, sending.upload(client, header, folder, selection), load, as_json)
+        _finish(client, send(client, name, folder, version), load, as_json)
+
+
+def send(client: Client, name: str, folder: Path, version: int | None = None) -> adapters_pb2.UploadAdapterResponse:
+    """Upload a folder's files of an adapter, telling which; raises ControlError and grpc.RpcError."""
+    selection = sending.select_files(folder)
+    output.note(f"sending {', '.join(selection.sent)}")
+    if selection.skipped:
+        more = len(selection.skipped) - _MAX_SKIPPED
+        skipped = ", ".join(selection.skipped[:_MAX_SKIPPED]) + (f", and {more} more" if more > 0 else "")
+        output.note(f"skipped {skipped}: no files of an adapter")
+    header = adapters_pb2.UploadHeader(name=name, version=version, request_id=str(uuid4()))
+    return sending.upload(client, header, folder, selection)
+
+
+def load_and_wait(client: Client, name: str) -> adapters_pb2.LoadAdapterResponse:
+    """Load an adapter; it is READY when this returns. Raises grpc.RpcError when it is refused."""
+    return client.call(client.stub.LoadAdapter, adapters_pb2.LoadAdapterRequest(adapter=name, wait=True))
 
 
 def _finish(client: Client, reply: Added, load: bool, as_json: bool) -> None:
@@ -70,8 +80,7 @@ def _finish(client: Client, reply: Added, load: bool, as_json: bool) -> None:
     answer: Added | adapters_pb2.LoadAdapterResponse = reply
     try:
         if load:
-            request = adapters_pb2.LoadAdapterRequest(adapter=adapter.name, wait=True)
-            answer = client.call(client.stub.LoadAdapter, request)
+            answer = load_and_wait(client, adapter.name)
             if not as_json:
                 typer.echo(output.loaded(answer.adapter))
     finally:

@@ -69,6 +69,10 @@ class TrainProgress:
         if plan.num_processes > 1 or plan.device != "cpu":
             several = f", {plan.num_processes} processes" if plan.num_processes > 1 else ""
             self._say(f"on {plan.device}{several}")
+        if plan.privacy is not None:
+            self._say(f"private, {plan.privacy}")
+            if plan.privacy.warning is not None:
+                self._say(f"warning: {plan.privacy.warning}")
         self.is_training = True
         self._progress.update(self._task, description="training", total=plan.num_steps, completed=0)
 
@@ -108,6 +112,8 @@ def print_summary(console: Console, report: TrainReport) -> None:
     best = f"best epoch {report.best.epoch:g}: {describe_metrics(report.best.metrics)}"
     if report.stopped_early:
         best = f"stopped early, {report.plan.selection} did not get better\n{best}"
+    if report.privacy is not None:
+        best = f"{best}\nprivate, {report.privacy}"
     place = f"adapter written to {report.out} ({size / 2**20:.1f} MiB)"
     console.print(escape(f"{best}\n{place} in {report.seconds:.0f} s"), highlight=False, soft_wrap=True)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
@@ -24,7 +24,11 @@ from lora_runtime.train.settings import (
     TrainSettings,
 )
 from lora_runtime.train.tasks.options import TaskOptions
-from server.train_cli.running import run_command
+from server.train_cli.publishing import publish_hints, publish_options
+from server.train_cli.running import TrainCommand, run_command
+from server.train_cli.searching import search_options
+
+Made = TypeVar("Made")
 
 DATA, LORA, TRAINING, OUTPUT = "Data", "LoRA", "Training", "Output"
 
@@ -142,21 +146,24 @@ def trains(
     """Make a command of a function from a task's own options to `TaskOptions`; `defaults` are of shared options."""
 
     def decorate(own: Callable[..., TaskOptions]) -> None:
-        signature = inspect.signature(own)
         common = {key: value for key, value in inspect.signature(shared).parameters.items() if key not in without}
-        hints = {**get_type_hints(shared, include_extras=True), **get_type_hints(own, include_extras=True)}
+        later = {**inspect.signature(search_options).parameters, **inspect.signature(publish_options).parameters}
+        hints = publish_hints()
+        for function in (shared, search_options, own):
+            hints |= get_type_hints(function, include_extras=True)
 
         def command(**values: Any) -> None:
-            def settings() -> TrainSettings:
-                task = own(**{key: values[key] for key in signature.parameters})
-                return shared(**{key: values[key] for key in common}).settings(task)
+            def made() -> TrainCommand:
+                settings = _call(shared, values).settings(_call(own, values))
+                return TrainCommand(settings, _call(search_options, values), _call(publish_options, values))
 
-            run_command(settings)
+            run_command(made)
 
         changed = (value.replace(default=defaults.get(key, value.default)) for key, value in common.items())
+        ordered = _in_panels((*changed, *inspect.signature(own).parameters.values()))
         parameters = [
             parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[parameter.name])
-            for parameter in _in_panels((*changed, *signature.parameters.values()))
+            for parameter in (*ordered, *later.values())
         ]
         command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess] - PEP 362
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -164,6 +171,11 @@ def trains(
         app.command(name, no_args_is_help=True)(command)
 
     return decorate
+
+
+def _call(function: Callable[..., Made], values: Mapping[str, Any]) -> Made:
+    """With those of the values that it takes."""
+    return function(**{key: values[key] for key in inspect.signature(function).parameters if key in values})
 
 
 def _in_panels(parameters: tuple[inspect.Parameter, ...]) -> list[inspect.Parameter]:

@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from lora_runtime.runtime import Runtime
 from lora_runtime.svd.extract import extract_adapter
 from lora_runtime.svd.settings import ExtractSettings, RankRule
-from lora_runtime.train.data import RowSchema, read_examples
+from lora_runtime.train.rows.classify import ClassifySchema, read_classify_rows
 
 DATA = Path(os.environ.get("MULTILORA_DATA", "")) / "ag_news"
 TRAIN_ROWS, TEST_ROWS, BATCH, EPOCHS, MAX_TOKENS = 2000, 500, 16, 1, 40
@@ -32,7 +32,7 @@ class Rows:
 
 
 def read(name: str, limit: int) -> Rows:
-    examples = read_examples(DATA / name, RowSchema())
+    examples = read_classify_rows(DATA / name, ClassifySchema())
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0)).tolist()[:limit]
     chosen = [examples[i] for i in order]
     return Rows([row.text for row in chosen], torch.tensor([LABELS.index(row.labels[0]) for row in chosen]))

@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lora_runtime.prompts.spec import PromptSpec
+from lora_runtime.train.private.settings import Privacy
 from lora_runtime.train.rows.answer import AnswerSchema
 from lora_runtime.train.rows.classify import ClassifySchema
 from lora_runtime.train.rows.embed import EmbedSchema
@@ -37,20 +38,28 @@ from lora_runtime.train.tasks.options import (
 )
 from lora_runtime.types import Pooling, ProblemType
 from server.cli_train import train_app
+from server.control_cli.given import Given
 from server.train_cli import running
+from server.train_cli.publishing import Publication
+from server.train_cli.searching import SearchOptions
 
 COMMANDS = ("classify", "classify-tokens", "answer", "generate", "translate", "embed")
 NEEDED = ("--base", "b", "--train", "t.csv", "--out", "o")
+
+
+commands: list[running.TrainCommand] = []  # of the test under way
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[TrainSettings]:
     """The settings of runs that were asked for; nothing is trained."""
     found: list[TrainSettings] = []
+    commands.clear()
 
-    def note(settings: TrainSettings, errors: object) -> None:
+    def note(command: running.TrainCommand, errors: object) -> None:
         del errors
-        found.append(settings)
+        commands.append(command)
+        found.append(command.settings)
 
     monkeypatch.setattr(running, "_run", note)
     return found
@@ -128,6 +137,30 @@ TASKS: list[tuple[str, tuple[str, ...], TaskOptions]] = [
         EmbedOptions(EmbedSchema("text", "p", "n"), Pooling.CLS, False, 0.1),
     ),
 ]  # fmt: skip
+
+
+def test_a_search_its_publication_and_privacy_are_said_beside_the_settings(asked: list[TrainSettings]) -> None:
+    search = (
+        "--search",
+        "trials=3",
+        "--search-space",
+        "rank=2,4",
+        "--search-space",
+        "dropout=0",
+        "--search-storage",
+        "s",
+    )
+    server = ("--publish", "acme/news@prod", "--server", "h:1", "--publish-timeout", "9", "--token-file", "k")
+    tls = ("--tls", "--tls-ca", "ca", "--tls-cert", "c", "--tls-key", "x")
+    result = invoke("embed", *NEEDED, *search, *server, *tls)
+    assert result.exit_code == 0, result.output
+    credentials = Given(token_file=Path("k"), tls=True, tls_ca=Path("ca"), tls_cert=Path("c"), tls_key=Path("x"))
+    assert commands[0].search == SearchOptions(3, None, ("rank=2,4", "dropout=0"), Path("s"))
+    assert commands[0].publication == Publication("acme/news", "prod", "h:1", 9.0, credentials)
+    private = ("--private", "--noise-multiplier", "2", "--max-grad-norm", "0.5", "--delta", "1e-6")
+    assert invoke("classify", *NEEDED, *private).exit_code == 0
+    assert asked[1].privacy == Privacy(None, 2.0, 0.5, 1e-6)
+    assert (commands[1].search, commands[1].publication) == (None, None)
 
 
 @pytest.mark.parametrize(("command", "arguments", "wanted"), TASKS, ids=[task[0] for task in TASKS])

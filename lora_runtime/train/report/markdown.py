@@ -25,13 +25,14 @@ def render_markdown(report: RunReport, figure: str) -> str:
         f"# {escape(report.title)}",
         _summary(report),
         _section("Result", _results(report)),
+        *(_section(title, content) for title, content in report.sections.items()),
         f"![Loss and metrics over the run]({figure})",
         _section("History", _history(report)),
         _section("Labels", _labels(report.label_scores)),
         _section("Most confused labels", _confusions(report.confusion)),
         _section("Examples", _examples(report.examples)),
-        _section("Settings", _table(("setting", "value"), _pairs(report.settings))),
-        _section("Versions", _table(("package", "version"), _pairs(report.versions))),
+        _section("Settings", table(("setting", "value"), _pairs(report.settings))),
+        _section("Versions", table(("package", "version"), _pairs(report.versions))),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -50,7 +51,7 @@ def _summary(report: RunReport) -> str:
         f"- base: {escape(report.base)}",
         f"- rows: {rows}",
         f"- best: epoch {_number(report.best.epoch)}, step {report.best.step}, by {_title(report.selected_by)}",
-        f"- time: {_duration(report.seconds)}",
+        f"- time: {duration(report.seconds)}",
     ]
     return "\n".join(lines)
 
@@ -59,17 +60,17 @@ def _results(report: RunReport) -> str:
     names = [*report.best.metrics, *(name for name in report.baseline if name not in report.best.metrics)]
     rows = [(_title(name), _value(report.best.metrics, name), _value(report.baseline, name)) for name in names]
     rows.append(("validation loss", _loss(report.best.valid_loss), ""))
-    return _table(("metric", "trained", escape(report.baseline_of)), rows, "lrr")
+    return table(("metric", "trained", escape(report.baseline_of)), rows, "lrr")
 
 
 def _history(report: RunReport) -> str:
     names = list(dict.fromkeys(name for point in report.history for name in point.metrics))
     points = _thinned(report.history, report.best)
     header = ("step", "epoch", "train loss", "validation loss", *map(_title, names), "")
-    table = _table(header, (_history_row(point, names, point == report.best) for point in points), "r" * len(header))
+    passes = table(header, (_history_row(point, names, point == report.best) for point in points), "r" * len(header))
     if len(points) == len(report.history):
-        return table
-    return f"{len(points)} of {len(report.history)} validation passes, evenly spread.\n\n{table}"
+        return passes
+    return f"{len(points)} of {len(report.history)} validation passes, evenly spread.\n\n{passes}"
 
 
 def _history_row(point: HistoryPoint, names: Sequence[str], best: bool) -> tuple[str, ...]:
@@ -91,7 +92,7 @@ def _labels(scores: Sequence[LabelScore]) -> str:
         (str(number), escape(s.label), f"{s.precision:.3f}", f"{s.recall:.3f}", f"{s.f1:.3f}", f"{s.support:,}")
         for number, s in enumerate(scores, start=1)
     )
-    return _table(("", "label", "precision", "recall", "F1", "support"), rows, "rlrrrr")
+    return table(("", "label", "precision", "recall", "F1", "support"), rows, "rlrrrr")
 
 
 def _confusions(confusion: Confusion | None) -> str:
@@ -104,19 +105,19 @@ def _confusions(confusion: Confusion | None) -> str:
         (escape(names[i]), escape(names[j]), f"{n:,}", f"{100 * n / sum(map(int, counts[i])):.1f} %")
         for n, i, j in pairs[:MAX_CONFUSIONS]
     )
-    return _table(("true", "answered", "rows", "of the true label"), rows, "llrr")
+    return table(("true", "answered", "rows", "of the true label"), rows, "llrr")
 
 
 def _examples(examples: Sequence[Example]) -> str:
     rows = ((escape(e.given), escape(e.expected), escape(e.answered)) for e in examples[:MAX_EXAMPLES])
-    return _table(("input", "expected", "answered"), rows)
+    return table(("input", "expected", "answered"), rows)
 
 
 def _section(title: str, content: str) -> str:
     return f"## {title}\n\n{content}" if content else ""
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], align: str = "") -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], align: str = "") -> str:
     """A table, "" without rows; `align` has l or r for each column."""
     lines = [_line(row) for row in rows]
     if not lines:
@@ -156,7 +157,8 @@ def _number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """In seconds, minutes or hours."""
     minutes, rest = divmod(round(seconds), 60)
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60} min"

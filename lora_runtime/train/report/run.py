@@ -55,3 +55,4 @@ class RunReport:
     label_scores: tuple[LabelScore, ...] = ()
     confusion: Confusion | None = None
     examples: tuple[Example, ...] = ()
+    sections: Mapping[str, str] = field(default_factory=dict[str, str])  # more Markdown, by heading

@@ -10,6 +10,7 @@ from typing import Any
 from lora_runtime.errors import InvalidRequest
 from lora_runtime.prompts.spec import sampling_defaults
 from lora_runtime.prompts.template import PromptTemplate, check_text
+from lora_runtime.train.private.settings import Privacy
 from lora_runtime.train.rows.answer import AnswerSchema
 from lora_runtime.train.rows.classify import ClassifySchema
 from lora_runtime.train.rows.embed import EmbedSchema
@@ -26,6 +27,7 @@ class ClassifyOptions:
     """Labels or a value for a text or a pair."""
 
     schema: ClassifySchema = field(default_factory=ClassifySchema)
+    privacy: Privacy | None = None  # see `private/`; None: ordinary training
 
     def __post_init__(self) -> None:
         if not self.schema.separator:
