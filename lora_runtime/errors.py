@@ -64,6 +64,13 @@ class InvalidRequest(MultiloraError):
         self.field = shown(field)
         self.description = shown(message)
 
+    def at(self, field: str) -> InvalidRequest:
+        """The same problem, for a caller who knows the field by another name."""
+        metadata = {key: value for key, value in self.metadata.items() if key != "field"}
+        placed = InvalidRequest(field, self.description, **metadata)
+        placed.reason = self.reason
+        return placed
+
 
 class TextTooLong(InvalidRequest):
     """A text has more tokens than the adapter allows, and truncation was not asked for or is none of its options."""

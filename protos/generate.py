@@ -22,7 +22,7 @@ PACKAGE = "server.pb"
 # The oldest tools the project allows write a version check into the stubs; newer patch releases of the same
 # tools write only another number, which is no reason to call the stubs stale.
 _VERSION_LINE = re.compile(r"^(GRPC_GENERATED_VERSION = |# Protobuf Python Version: ).*$", re.MULTILINE)
-_IMPORT = re.compile(r"^(from|import) (multilora)\b", re.MULTILINE)
+_IMPORT = re.compile(r"^(from|import) (multilora|open_inference)\b", re.MULTILINE)
 
 
 def main() -> int:

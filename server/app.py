@@ -32,11 +32,15 @@ from server.pb.multilora.v1 import (
     usage_pb2,
     usage_pb2_grpc,
 )
+from server.pb.open_inference import grpc_service_pb2_grpc
 from server.rpc.adapters import AdapterService
 from server.rpc.checks import Bounds
 from server.rpc.health import Health
 from server.rpc.inference import GENERATE_STREAM_METHOD, InferenceService
 from server.rpc.interceptors import RpcInterceptor
+from server.rpc.open_inference.service import SERVICE as OPEN_INFERENCE
+from server.rpc.open_inference.service import STREAM_METHOD as OPEN_INFERENCE_STREAM
+from server.rpc.open_inference.service import OpenInferenceService
 from server.rpc.path import InferencePath
 from server.rpc.usage import UsageService
 from server.settings import MIB, ServeSettings, is_loopback
@@ -48,6 +52,7 @@ SERVICES: tuple[str, ...] = (
     inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
     adapters_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
     usage_pb2.DESCRIPTOR.services_by_name["UsageService"].full_name,
+    OPEN_INFERENCE,
 )
 # By then no RPC is left, so the engine has at most one batch to finish.
 _ENGINE_DRAIN_S = 1.0
@@ -83,6 +88,7 @@ class App:
         self._operations = Operations(
             settings, self._metrics, self._tenancy, self._admission, self._health, lambda: self._backend
         )
+        self._open_inference: OpenInferenceService | None = None
         self.port = settings.port
 
     @property
@@ -161,10 +167,14 @@ class App:
     async def close(self) -> None:
         """Report NOT_SERVING, give requests in flight `grace` seconds, then stop. Safe at any stage."""
         await self._health.drain()
+        if self._open_inference is not None:
+            self._open_inference.drain()
         if self._server is not None:
             if self._backend is not None:
                 await asyncio.sleep(self._settings.drain_delay)
             self._events.close()  # watchers never finish by themselves
+            if self._open_inference is not None:
+                self._open_inference.close()  # nor do streams whose client waits to ask more
             await self._server.stop(self._settings.grace)
         if self._watching is not None:
             self._watching.cancel()
@@ -203,7 +213,7 @@ class App:
                     self._tenancy.gate,
                     self._tenancy.audit,
                     self._tenancy.closed_methods,
-                    {GENERATE_STREAM_METHOD: self._settings.stream_stall_seconds},
+                    dict.fromkeys((GENERATE_STREAM_METHOD, OPEN_INFERENCE_STREAM), self._settings.stream_stall_seconds),
                 )
             ],
             options=[
@@ -215,10 +225,13 @@ class App:
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # clients may ping as often
             ],
         )
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(self._inference_path()), server)
-        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(
-            AdapterService(self._control.plane, self._events), server
+        path, adapters = self._inference_path(), AdapterService(self._control.plane, self._events)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(path), server)
+        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, server)
+        self._open_inference = OpenInferenceService(
+            self._slot, path, adapters, self._tenancy.meter, self._settings.max_inputs
         )
+        grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self._open_inference, server)
         usage_pb2_grpc.add_UsageServiceServicer_to_server(UsageService(self._tenancy.meter), server)
         if self._settings.reflection != "off":
             reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

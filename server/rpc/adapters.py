@@ -270,7 +270,7 @@ def _request_id_of_header() -> Generator[None]:
     except InvalidRequest as error:
         if error.field != "request_id":
             raise
-        raise InvalidRequest("header.request_id", error.description) from error
+        raise error.at("header.request_id") from error
 
 
 def _wanted_alias(request: pb.SetAliasRequest, tenant: str, name: str) -> Alias:

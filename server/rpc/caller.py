@@ -36,6 +36,8 @@ class CallInfo:
     work: dict[str, float] = field(default_factory=dict[str, float])  # what an answer took, for the access log
 
 
+_NAMING = ("adapter", "name", "model_name")  # fields of requests
+
 current_call: ContextVar[CallInfo] = ContextVar("current_call")
 
 
@@ -70,7 +72,7 @@ def aim_alias(version: int, canary_version: int, canary_percent: float) -> None:
 
 def aim_at_named(request: Any) -> None:
     """As `aim_at` for the adapter that a request names, before anything is looked up; nothing where it names none."""
-    text = getattr(request, "adapter", "") or getattr(request, "name", "")
+    text = next((text for name in _NAMING if (text := getattr(request, name, ""))), "")
     tenant = getattr(request, "tenant", "")
     try:
         if text:
@@ -130,7 +132,7 @@ def parse_adapter(field: str, text: str) -> tuple[str, str]:
     try:
         ref = AdapterRef.parse(text, caller().tenant)
     except InvalidRequest as error:
-        raise InvalidRequest(field, error.description) from error
+        raise error.at(field) from error
     if ref.version is not None or "@" in text or "/aliases/" in text:
         raise InvalidRequest(field, f"{text[:140]!r} names a version or an alias; give the adapter's name alone")
     if ref.name == BASE_NAME:

@@ -30,11 +30,14 @@ from server.tenancy.gate import Gate
 
 REQUEST_ID_KEY = "x-request-id"
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-_OURS = "/multilora."
-_CONTROL = "multilora.v1.AdapterService/"
+_OURS = ("/multilora.", "/inference.")
 _CHANGES = frozenset(
-    {"RegisterAdapter", "UploadAdapter", "LoadAdapter", "UnloadAdapter", "PinAdapter", "DeleteAdapter"}
-    | {"SetAlias", "DeleteAlias"}
+    {
+        *(f"multilora.v1.AdapterService/{change}Adapter" for change in ("Register", "Upload", "Load", "Unload")),
+        *(f"multilora.v1.AdapterService/{change}" for change in ("PinAdapter", "DeleteAdapter", "SetAlias")),
+        "multilora.v1.AdapterService/DeleteAlias",
+        *(f"inference.GRPCInferenceService/RepositoryModel{change}" for change in ("Load", "Unload")),
+    }
 )
 CHECK_AGAIN_S = 30.0  # how long a stream without replies may outlive its credential
 _DENIALS = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
@@ -78,7 +81,7 @@ class RpcInterceptor(aio.ServerInterceptor):
         # None: a method that no service has; grpc answers UNIMPLEMENTED
         if handler is None:
             return None
-        if method.startswith((_OURS, *self._closed)):
+        if method.startswith((*_OURS, *self._closed)):
             return self._wrapped(handler, method.removeprefix("/"))
         return handler
 
@@ -185,7 +188,7 @@ class RpcInterceptor(aio.ServerInterceptor):
             await _abort(context, internal_status(request_id), request_id)
         finally:
             self._observe(method, code, reason, time.perf_counter() - started, info)
-            if method.removeprefix(_CONTROL) in _CHANGES or code in _DENIALS or (info is not None and info.is_denied):
+            if method in _CHANGES or code in _DENIALS or (info is not None and info.is_denied):
                 self._audit.record(
                     info.principal if info else None,
                     method,

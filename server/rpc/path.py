@@ -153,6 +153,15 @@ class InferencePath:
         return done, seconds
 
 
+async def described(engine: Engine, reference: str, routing_key: str = "") -> AdapterInfo:
+    """The adapter that the caller means, with what its files say of it, which are fetched where they are not known.
+
+    Raises as `resolve`, AdapterFailed where the files are refused.
+    """
+    info = resolve(engine.catalogue, reference, routing_key)
+    return info if info.card is not None else await _fetched(engine, info)
+
+
 async def _fetched(engine: Engine, info: AdapterInfo) -> AdapterInfo:
     """Start the load of a cold adapter while its texts are tokenised; wait only for what tokenising needs of it.
 

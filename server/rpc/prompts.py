@@ -87,10 +87,7 @@ def _placed(error: InvalidRequest, prompts: Sequence[Prompt]) -> InvalidRequest:
     """The tokenizer's error with the field as the caller knows it."""
     for index, prompt in enumerate(prompts):
         if error.field in (f"inputs[{index}].text", f"inputs[{index}].messages") and error.field != prompt.field:
-            metadata = {key: value for key, value in error.metadata.items() if key != "field"}
-            placed = InvalidRequest(prompt.field, error.description, **metadata)
-            placed.reason = error.reason
-            return placed
+            return error.at(prompt.field)
     return error
 
 

@@ -40,13 +40,15 @@ class FakeEncoder:
         doc_stride: int | None = None,
         max_windows: int = 64,
     ) -> tuple[tuple[Window, ...], ...]:
-        """Windows share one token unless `doc_stride` says otherwise."""
-        stride = 1 if doc_stride is None else doc_stride
+        """Windows share one token unless `doc_stride` says otherwise, and at most half of their room."""
         cut: list[tuple[Window, ...]] = []
         for index, (question, context) in enumerate(pairs):
             head = (0, *self._ids(question), 0)
             pieces = self._pieces(context)
             room = _limit(max_length) - len(head) - 1
+            if room < 2:
+                raise InvalidRequest(f"inputs[{index}].question", "leaves no room for its context; shorten it")
+            stride = min(1 if doc_stride is None else doc_stride, room // 2)
             if not pieces:
                 raise InvalidRequest(f"inputs[{index}].context", "is empty: the tokenizer finds no text in it")
             starts = range(0, max(len(pieces) - stride, 1), room - stride)

