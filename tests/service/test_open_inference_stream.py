@@ -145,6 +145,7 @@ async def test_a_stream_that_is_cancelled_is_generated_no_further(tasks: Harness
     requests = [infer("writer", {"text_input": ["abcdef"]}, id_=str(i), ignore_eos=True) for i in range(3)]
     call = stub_of(tasks).ModelStreamInfer(iter(requests))
     assert (await call.read()).infer_response.model_name == "writer"
+    await until(lambda: _is(tasks.engine.num_generating == 3))
     call.cancel()
     await until(lambda: _is(tasks.engine.num_generating == 0))
     await tasks.until_admitted(0)
