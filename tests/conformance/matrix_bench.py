@@ -14,6 +14,7 @@ from lora_runtime.types import Task, TokenSequence
 from tests.conformance.cases import Case
 from tests.conformance.families import Base
 from tests.conformance.matrix_adapters import Adapter, make
+from tests.conformance.matrix_sharpness import require_every_kind_matters
 from tests.oracle import TaskOracle, relative_difference
 
 TASKS: Mapping[str, Task] = {
@@ -72,10 +73,14 @@ class Bench:
         return make(case, self.base, seed, self._root)
 
     def group(self, adapter: Adapter) -> Group:
-        """An adapter, loaded, and PEFT's answers; raises AdapterRejected."""
+        """An adapter, loaded, and PEFT's answers, to which all that its file holds matters; raises AdapterRejected."""
         sequences = adapter.case.sequences(self.base, adapter.seed)
         name = f"{adapter.case.id}-{adapter.seed}"
-        return self.group_of(adapter.folder, name, adapter.case.task, adapter.oracle(), sequences)
+        oracle = adapter.oracle()
+        group = self.group_of(adapter.folder, name, adapter.case.task, oracle, sequences)
+        if not adapter.seed:  # those of another seed are of the same kinds
+            require_every_kind_matters(adapter, oracle, sequences, group.expected)
+        return group
 
     def group_of(
         self, folder: Path, name: str, task: str, oracle: TaskOracle, sequences: tuple[TokenSequence, ...]

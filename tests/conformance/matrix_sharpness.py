@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conformance.cases import Case, case_params
-from tests.conformance.families import build_base
-from tests.conformance.matrix_adapters import WEIGHTS_FILE, make
-from tests.oracle import relative_difference
+from lora_runtime.types import TokenSequence
+from tests.conformance.matrix_adapters import WEIGHTS_FILE, Adapter
+from tests.oracle import TaskOracle, relative_difference
 
 # A key's bias adds the same to all scores of one query, which softmax takes away again. With bias="all", PEFT also
 # writes the biases of the modules that it replaced. No embedding depends on a pooler.
 _WITHOUT_EFFECT = re.compile(r"\b(key|k_lin|attn\.k)\.(.*\.)?bias$|\boriginal_module\b|\bpooler\b")
 
 
-@pytest.mark.parametrize("case", case_params())
-def test_every_kind_of_tensor_in_the_file_changes_the_answer(case: Case, tmp_path: Path) -> None:
-    base = build_base(case.family, tmp_path)
-    adapter = make(case, base, 0, tmp_path)
-    sequences = case.sequences(base, 0)
-    oracle = adapter.oracle()
-    expected = [oracle.answer(sequence) for sequence in sequences]
+def require_every_kind_matters(
+    adapter: Adapter, oracle: TaskOracle, sequences: Sequence[TokenSequence], expected: Sequence[torch.Tensor]
+) -> None:
+    """Fail unless each kind of tensor in the adapter's file changes the oracle's answers, `expected`."""
     tensors = dict(oracle.model.named_parameters(remove_duplicate=False)) | dict(oracle.model.named_buffers())
     for kind, names in _kinds(adapter.peft_folder / WEIGHTS_FILE, set(tensors)).items():
         kept = {name: tensors[name].detach().clone() for name in names}
@@ -33,7 +29,7 @@ def test_every_kind_of_tensor_in_the_file_changes_the_answer(case: Case, tmp_pat
             for name in names:
                 tensors[name].add_(0.1 * torch.randn_like(tensors[name]))
         changed = relative_difference([oracle.answer(sequence) for sequence in sequences], expected)
-        ignored_by_peft = case.may_be_refused and "lora_embedding" in kind
+        ignored_by_peft = adapter.case.may_be_refused and "lora_embedding" in kind
         assert changed > 1e-3 or ignored_by_peft or _WITHOUT_EFFECT.search(kind), f"{kind} changes nothing"
         with torch.no_grad():
             for name in names:
