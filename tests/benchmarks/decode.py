@@ -26,7 +26,7 @@ from lora_runtime.kv_blocks import KvConfig
 from lora_runtime.runtime import Runtime, RuntimeSettings
 from lora_runtime.types import AdapterInfo, AdapterRef
 from server.bench.generate.checks import require_different
-from server.bench.generate.others import weight_bytes
+from server.bench.generate.others import cache_name, weight_bytes
 from server.bench.generate.own import OwnEngine, sample_of, tokens_of
 from server.bench.generate.rounds import take_turns
 from server.bench.measure import OutputsDiffer, Spread
@@ -242,10 +242,11 @@ def _plain(
 
     def loop() -> float:
         ids, cache = torch.tensor([*prompts], device=model.device), DynamicCache(config=model.config)
+        kept = cache_name(model)
         started = 0.0
         with torch.inference_mode():
             for step in range(num_tokens):
-                out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                out = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{kept: cache})
                 ids = out.logits[:, -1].argmax(-1, keepdim=True)
                 if step == 0:
                     ids.cpu()  # waits for the device

@@ -60,7 +60,7 @@ def generate_greedily(model: Any, prompts: Prompts, num_tokens: int, *, with_ste
     stamps: list[float] = []
     columns: list[torch.Tensor] = []
     best: list[tuple[torch.Tensor, torch.Tensor]] = []
-    ids, name = torch.tensor(list(prompts)), _cache_name(model)
+    ids, name = torch.tensor(list(prompts)), cache_name(model)
     cache = None
     with torch.inference_mode():
         for _ in range(num_tokens):
@@ -108,7 +108,7 @@ class Memory:
         return _SUM_BYTES / min(seconds)
 
 
-def _cache_name(model: Any) -> str:
+def cache_name(model: Any) -> str:
     """What the transformers that is installed calls the KV cache, which it renamed in 5.24."""
     plain = model.get_base_model() if isinstance(model, PeftModel) else model
     return "cache" if "cache" in inspect.signature(plain.forward).parameters else "past_key_values"
