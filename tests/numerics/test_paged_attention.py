@@ -24,10 +24,10 @@ PLACES = [
 ]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # relative Frobenius
 RULES = [Rule(), Rule(window=3), Rule(window=70, scale=0.3), Rule(softcap=0.5), Rule(window=40, softcap=5.0)]
-LENGTHS = [150, 9, 70, 1, 131]
+LENGTHS = [150, 9, 70, 1]
 CHUNKS = {
     "texts that go on": [(which, length - 1, length) for which, length in enumerate(LENGTHS)],
-    "all at once": [(0, 149, 150), (1, 0, 9), (2, 30, 70), (3, 0, 1), (4, 130, 131)],
+    "all at once": [(0, 149, 150), (1, 0, 9), (2, 60, 70), (3, 0, 1)],
 }
 Place = tuple[str, torch.dtype]
 
@@ -64,18 +64,19 @@ def own_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("chunks", CHUNKS)
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_it_is_causal_attention(place: Place, chunks: str, rule: Rule) -> None:
-    assert OwnWorld(place, Heads(), 16).error(CHUNKS[chunks], rule) <= TOLERANCE[place[1]]
+    assert OwnWorld(place, Heads(4, 2, 16), 16).error(CHUNKS[chunks], rule) <= TOLERANCE[place[1]]
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("heads", [Heads(3, 3, 8), Heads(14, 2, 20), Heads(4, 1, 64)], ids=str)
-@pytest.mark.parametrize("block_tokens", [4, 64])
+@pytest.mark.parametrize(
+    ("heads", "block_tokens"), [(Heads(3, 3, 8), 4), (Heads(7, 1, 20), 64), (Heads(4, 1, 64), 16)], ids=str
+)
 def test_any_heads_and_blocks(place: Place, heads: Heads, block_tokens: int) -> None:
     assert OwnWorld(place, heads, block_tokens).error(CHUNKS["all at once"], RULES[2]) <= TOLERANCE[place[1]]
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("most", [1, 2, 16])
+@pytest.mark.parametrize("most", [1, 2, 4])
 def test_keys_that_are_split_are_joined(place: Place, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
@@ -85,13 +86,14 @@ def test_keys_that_are_split_are_joined(place: Place, most: int, monkeypatch: py
 
     monkeypatch.setattr(kernels, "_splits", splits)
     for rule in (Rule(), Rule(window=20, softcap=2.0)):
-        assert OwnWorld(place, Heads(), 16).error(CHUNKS["texts that go on"], rule) <= TOLERANCE[place[1]]
+        error = OwnWorld(place, Heads(2, 1, 16), 16).error(CHUNKS["texts that go on"], rule)
+        assert error <= TOLERANCE[place[1]]
     assert asked == [most] * 4
 
 
 def test_a_wrong_mask_is_noticed() -> None:
-    world = OwnWorld(ON_CPU, Heads(), 16)
-    chunks = CHUNKS["all at once"]
+    world = OwnWorld(ON_CPU, Heads(2, 1, 16), 16)
+    chunks = CHUNKS["texts that go on"]
     found = world.attend(chunks, Rule(window=69))
     wanted = world.wanted(chunks, Rule(window=70))
     assert (found - wanted).norm() / wanted.norm() > 100 * TOLERANCE[torch.float32]
@@ -106,18 +108,18 @@ def test_a_captured_call_serves_other_sequences() -> None:
     def spans(of: list[int]) -> list[SequenceSpan]:
         return [SequenceSpan(1, LENGTHS[which], world.blocks[which]) for which in of]
 
-    static = cache.metadata(spans([0, 4])).paged()
-    q = torch.stack([world.q[which][0, -1] for which in (0, 4)])
+    static = cache.metadata(spans([0, 2])).paged()
+    q = torch.stack([world.q[which][0, -1] for which in (0, 2)])
     scoring = kv_cache.Scoring(64**-0.5)
     cache.attend_paged(0, q, static, scoring)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = cache.attend_paged(0, q, static, scoring)
-    other = cache.metadata(spans([2, 1])).paged()
+    other = cache.metadata(spans([3, 1])).paged()
     static.used.copy_(other.used)
     static.blocks.zero_()
     static.blocks[:, : other.blocks.shape[1]] = other.blocks
-    q.copy_(torch.stack([world.q[which][0, -1] for which in (2, 1)]))
+    q.copy_(torch.stack([world.q[which][0, -1] for which in (3, 1)]))
     out.fill_(float("nan"))
     graph.replay()
     want = cache.attend_paged(0, q, replace(other, queries=torch.arange(3, dtype=torch.int32, device=device)), scoring)
