@@ -49,7 +49,16 @@ class Lane:
 
     def _run(self) -> None:
         if self._niceness and sys.platform == "linux":
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._niceness)
+            self._let_others_first()
         while (job := self._jobs.get()) is not None:
             if not self._stopped:
                 job()
+
+    def _let_others_first(self) -> None:
+        """A process that is nicer already stays so: only root may take that back. A sandbox may forbid it at all."""
+        thread = threading.get_native_id()
+        try:
+            if os.getpriority(os.PRIO_PROCESS, thread) < self._niceness:
+                os.setpriority(os.PRIO_PROCESS, thread, self._niceness)
+        except OSError as error:
+            logger.warning("%s: its threads keep their priority: %s", self._name, error.strerror)

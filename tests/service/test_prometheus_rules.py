@@ -97,3 +97,15 @@ async def test_promtool_accepts_what_is_served(server: Harness) -> None:
     text = await server.metrics()
     done = subprocess.run([PROMTOOL, "check", "metrics"], input=text, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_promtool
+def test_promtool_accepts_the_configuration_of_compose(tmp_path: Path) -> None:
+    assert PROMTOOL is not None
+    text = (DEPLOY / "docker" / "prometheus.yaml").read_text().replace("/etc/prometheus", str(FOLDER))
+    (tmp_path / "prometheus.yaml").write_text(text)
+    done = subprocess.run(
+        [PROMTOOL, "check", "config", "prometheus.yaml"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{len(RULES)} rules found" in done.stdout
