@@ -235,7 +235,7 @@ def test_prometheus_scrapes_each_replica_once(overlay: str) -> None:
 def test_the_rules_are_those_of_the_rules_file(overlay: str) -> None:
     (rule,) = objects(overlay, "PrometheusRule").values()
     assert rule["spec"] == yaml.safe_load((DEPLOY / "prometheus" / "multilora.rules.yaml").read_text()), (
-        "copy deploy/prometheus/multilora.rules.yaml below `spec:` of prometheusrule.yaml, two spaces further in"
+        "deploy/k8s/components/monitoring/prometheusrule.yaml is stale; its head has the command that makes it anew"
     )
 
 

@@ -2,8 +2,8 @@
 
 In a process of its own, since gRPC reads GRPC_EXPERIMENTAL_RING_HASH_SET_REQUEST_HASH_KEY once. One client has the
 config, one has it without retries and shows each failure. Both ask every adapter ROUNDS times, and `asked` is printed.
-After a line on stdin each keeps a call of every adapter in flight until the next line; what failed is asked again at
-once. How all calls ended is printed as JSON.
+After a line on stdin each keeps a call of every adapter in flight until the next line; what failed is asked again.
+How all calls ended is printed as JSON.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from grpc import aio
 from server.pb.multilora.v1 import inference_pb2, inference_pb2_grpc
 
 ROUNDS = 5
+_BACKOFF_S = 0.1  # as the documented policy: at once, a call may still be put on the connection that has just ended
 
 
 @dataclass
@@ -63,6 +64,7 @@ class Client:
                     self.outcomes.num_failed_again += 1
                     return
                 has_failed = True
+                await asyncio.sleep(_BACKOFF_S)
 
 
 async def line_from_stdin() -> None:
