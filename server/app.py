@@ -56,6 +56,7 @@ SERVICES: tuple[str, ...] = (
 )
 # By then no RPC is left, so the engine has at most one batch to finish.
 _ENGINE_DRAIN_S = 1.0
+_NEVER_MS = 2**31 - 1  # what gRPC takes for "never"
 
 T = TypeVar("T")
 
@@ -206,6 +207,7 @@ class App:
 
     def _build_server(self) -> aio.Server:
         limit = self._settings.max_message_mib * MIB
+        age_ms = round(self._settings.connection_age * 1000) or _NEVER_MS
         server = aio.server(
             interceptors=[
                 RpcInterceptor(
@@ -222,6 +224,7 @@ class App:
                 ("grpc.keepalive_time_ms", 60_000),  # notices clients that vanished behind a NAT
                 ("grpc.keepalive_timeout_ms", 20_000),
                 ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.max_connection_age_ms", age_ms),
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # clients may ping as often
             ],
         )

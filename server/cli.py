@@ -130,6 +130,7 @@ def serve(
     max_message_mib: Annotated[int | None, _flag("max_message_mib")] = None,
     grace: Annotated[float | None, _flag("grace")] = None,
     drain_delay: Annotated[float | None, _flag("drain_delay")] = None,
+    connection_age: Annotated[float | None, _flag("connection_age")] = None,
     log_level: Annotated[str | None, _flag("log_level")] = None,
     log_format: Annotated[str | None, _flag("log_format")] = None,
     access_log: Annotated[str | None, _flag("access_log")] = None,

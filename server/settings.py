@@ -147,6 +147,11 @@ class ServeSettings(BaseModel):
     drain_delay: _Seconds = Field(
         0.0, description="Seconds between reporting NOT_SERVING and refusing requests, for routers to notice."
     )
+    connection_age: _Seconds = Field(
+        0.0,
+        description="Seconds, about, after which a client is asked to connect anew, and so looks up addresses again; "
+        "requests in flight are answered. 0: never.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
     log_format: Literal["auto", "text", "json"] = Field(
         "auto", description="Lines of text, or of JSON; auto: JSON where stderr is no terminal."
