@@ -19,6 +19,10 @@ README = (DEPLOY / "README.md").read_text(encoding="utf-8")
 SERVICES: dict[str, Any] = yaml.safe_load((DEPLOY / "docker" / "compose.yaml").read_text())["services"]
 OTHERS = {
     "--detach",
+    "--build-arg",
+    "--cert",
+    "--key",
+    "--from-file",
     "--rm",
     "--no-deps",
     "--target",
