@@ -40,14 +40,15 @@ def _step(task: str, out: str, train: str, valid: str, *extra: str, **options: A
     return Step((*words, *extra, "--out", f"{{work}}/{out}"), out)
 
 
+_AG_NEWS = Part("ag_news/train.csv", 4000)
 NEWS = Case(
     "news",
     "classify",
     "minilm",
-    (),
+    (_AG_NEWS,),
     (
         _step(
-            "classify", "news", "{data}/ag_news/train.csv", "{data}/ag_news/valid.csv",
+            "classify", "news", f"{{work}}/{_AG_NEWS.file}", "{data}/ag_news/valid.csv",
             epochs=1, batch_size=16, max_length=64, learning_rate=1e-3, threads=2,
         ),
     ),

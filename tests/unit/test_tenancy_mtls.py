@@ -13,7 +13,7 @@ from cryptography import x509
 from server.tenancy.auth_file import MtlsConfig
 from server.tenancy.model import Principal, Role
 from server.tenancy.mtls import principal_of_certificate
-from server.tenancy.tls import server_credentials
+from server.tenancy.tls import server_tls
 from tests.unit.tenancy_certificates import client_certificate, serving, spiffe, whoami, write_server_certificate
 
 ACME = "spiffe://example.org/tenant/acme/workload/ci"
@@ -93,7 +93,7 @@ async def test_a_real_server_knows_its_clients_and_refuses_those_of_another_ca(t
     server_ca, client_ca, stranger = trustme.CA(), trustme.CA(), trustme.CA()
     write_server_certificate(server_ca, tmp_path)
     client_ca.cert_pem.write_to_path(tmp_path / "clients.pem")
-    credentials = server_credentials(tmp_path / "cert.pem", tmp_path / "key.pem", tmp_path / "clients.pem", True)
+    credentials = server_tls(tmp_path / "cert.pem", tmp_path / "key.pem", tmp_path / "clients.pem", True).credentials
     config = MtlsConfig(trust_domain="example.org")
 
     def answer(call: Any) -> str:
