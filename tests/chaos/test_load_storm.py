@@ -28,7 +28,6 @@ def root(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
     return folder
 
 
-@pytest.mark.slow
 async def test_sixteen_clients_see_no_failure_and_no_other_adapters_answer(root: Path, tiny_bert: Path) -> None:
     oracles = [PeftOracle(tiny_bert, root / f"a{n}", 2 + n) for n in range(6)]
     expected = [[oracle.logits(text) for text in TEXTS] for oracle in oracles]

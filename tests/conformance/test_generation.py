@@ -59,8 +59,8 @@ class World:
 
 
 def _families() -> list[Any]:
-    """All but the first two are slow: their architectures are variations."""
-    marks = {name: () if name in ALL_REQUESTS[:2] else (pytest.mark.slow,) for name in GENERATORS}
+    """The others are slow: their architectures are variations of these."""
+    marks = {name: () if name in ALL_REQUESTS else (pytest.mark.slow,) for name in GENERATORS}
     return [pytest.param(name, marks=marks[name]) for name in sorted(GENERATORS)]
 
 

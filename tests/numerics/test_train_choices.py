@@ -16,8 +16,6 @@ from lora_runtime.train.run import train
 from lora_runtime.train.settings import BaseBits, DeviceChoice, Init, Optimizer, Precision, Schedule, TrainSettings
 from tests.training import FILES, make_bases, peft_scores, topics
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:

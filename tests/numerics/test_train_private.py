@@ -29,8 +29,6 @@ from lora_runtime.types import ProblemType
 from server.cli_train import train_app
 from tests.training import make_bases, topics, write_rows
 
-pytestmark = pytest.mark.slow
-
 CLIP = 0.5
 
 

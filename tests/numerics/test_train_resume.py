@@ -22,8 +22,6 @@ from server.cli_train import train_app
 from server.train_cli.progress import TrainProgress
 from tests.training import make_bases, topics
 
-pytestmark = pytest.mark.slow
-
 STEPS_PER_EPOCH = 6
 
 

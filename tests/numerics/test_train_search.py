@@ -28,8 +28,6 @@ from lora_runtime.types import ProblemType, Task
 from server.cli_train import train_app
 from tests.training import FILES, make_bases, topics
 
-pytestmark = pytest.mark.slow
-
 RATES: Space = {"learning_rate": Range(1e-4, 1.0, log=True), "rank": Choice((2, 4))}
 EPOCHS = 3
 

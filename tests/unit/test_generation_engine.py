@@ -37,7 +37,7 @@ def adapter(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_generator(base.folder, folder, seed=1, r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
 
 
-@pytest.fixture(params=[pytest.param(False, marks=pytest.mark.slow), True], ids=["in turn", "ahead"])
+@pytest.fixture(params=[False, True], ids=["in turn", "ahead"])
 def runtime(request: pytest.FixtureRequest, base: Base, adapter: Path) -> Iterator[Runtime]:
     ahead: bool = request.param
     settings = RuntimeSettings(num_threads=1, token_budget=32, kv_bytes=256 << 10, kv_block_tokens=8, run_ahead=ahead)

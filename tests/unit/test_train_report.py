@@ -27,8 +27,6 @@ from server.control_cli.upload import select_files as select_to_send
 from tests.unit.base_specs import spec_of
 from tests.unit.peft_folders import save
 
-pytestmark = pytest.mark.slow
-
 
 def report(
     num_points: int = 3, num_labels: int = 2, metrics: tuple[str, ...] = ("accuracy", "macro_f1"), label: str = "label"
