@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,7 +41,9 @@ def run_base(
     folder = BASES[base](work)
     found = {case.name: _trained(case, folder, data, work) for case in cases}
     plain = folder if base != "smollm2" else _dequantised(folder, work)
-    root = work / f"served-{base}" / "adapters"
+    served = work / f"served-{base}"
+    shutil.rmtree(served, ignore_errors=True)  # of an earlier run: its versions would be asked, not those of this one
+    root = served / "adapters"
     others = make_others(base, plain, root)
     if base == "minilm":
         make_untuned_reader(plain, root / UNTUNED)
