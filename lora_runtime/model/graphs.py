@@ -43,7 +43,7 @@ class Eager(StrEnum):
 
     EXTRAS = "extras"  # an adapter changes more than LoRA does, or not all of its tokens
     SIZE = "size"  # too many tokens or sequences for the largest bucket, or a sequence too long
-    CACHED = "cached"  # it continues sequences over the KV cache, and not all by one token, or by attention of our own
+    CACHED = "cached"  # it continues sequences over the KV cache, and not all by one token, or by gathers
     VARIANT = "variant"  # no graph for its site groups and rank
 
 
@@ -141,7 +141,7 @@ class GraphedBackbone:
         settings: GraphSettings,
         paged: PagedLayers | None = None,
     ) -> None:
-        """Without a graph until `capture` is called. Of steps over `paged` those are captured that torch attends."""
+        """Without a graph until `capture` is called. Of steps over `paged` those are captured whose attention is one call."""
         self.packed = packed  # what runs eagerly
         self._lora = lora
         self._slots = slots

@@ -86,6 +86,21 @@ def test_sequences_attend_to_themselves_alone(
     torch.testing.assert_close(found.double(), apart(q, k, v, masking), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+def test_a_torch_that_knows_no_groups_of_heads_gets_a_kv_head_for_each(
+    monkeypatch: pytest.MonkeyPatch, heads: tuple[int, int]
+) -> None:
+    def older(query: torch.Tensor, key: torch.Tensor, *args: Any, scale: float | None, window_size: tuple[int, int]):
+        assert query.shape[1] == key.shape[1]
+        return varlen_on_cpu(query, key, *args, scale=scale, window_size=window_size)
+
+    monkeypatch.setattr(varlen, "varlen_attn", older)
+    monkeypatch.setattr(varlen, "_TAKES_GROUPS", False)
+    q, k, v = heads_of(sum(LENGTHS), heads)
+    found = attend(AttentionKind.VARLEN, q, k, v, step_of(), MASKINGS[1])
+    torch.testing.assert_close(found.double(), apart(q, k, v, MASKINGS[1]), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("masking", MASKINGS)
 @pytest.mark.parametrize("kind", [AttentionKind.VARLEN, AttentionKind.MASKED])
 def test_tokens_that_fill_a_buffer_up_change_nothing_and_stay_finite(
