@@ -141,7 +141,7 @@ class GraphedBackbone:
         settings: GraphSettings,
         paged: PagedLayers | None = None,
     ) -> None:
-        """Without a graph until `capture` is called. Steps over `paged` are captured where their attention is one call."""
+        """Without a graph until `capture` is called. Steps over `paged` are captured whose attention is one call."""
         self.packed = packed  # what runs eagerly
         self._lora = lora
         self._slots = slots
